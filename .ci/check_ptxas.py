@@ -1,0 +1,52 @@
+"""Reads the output of `nvcc -Xptxas -v` from standard input; prints what every kernel uses; fails on spills and stacks.
+
+A register spill or a stack frame in these kernels means local memory traffic inside their inner loops.
+"""
+
+import re
+import subprocess
+import sys
+
+REQUIRED = "solve"  # a log without this kernel is not a log of the kernels
+TOLERATED = ()  # kernels (parts of their names) that may use a stack; never the solver
+
+
+def kernels(log):
+    """(mangled name, architecture, stack frame, spilled bytes, registers, static shared memory) of every kernel."""
+    for line in log:
+        if match := re.search(r"Compiling entry function '(\S+)' for '(\w+)'", line):
+            name, arch = match.groups()
+            frame = spills = 0
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            frame = max(frame, int(match[1]))  # a function that was not inlined counts for its kernel
+            spills = max(spills, int(match[2]) + int(match[3]))
+        elif match := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            yield name, arch, frame, spills, int(match[1]), int(shared[1]) if shared else 0
+        elif "warning" in line:
+            print(line.rstrip())
+
+
+def demangled(names):
+    text = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"^void |\(anonymous namespace\)::|mesa::", "", name) for name in text.splitlines()]
+
+
+def main():
+    found = list(kernels(sys.stdin))
+    bad = []
+    print(f"{'kernel':64} {'arch':8} {'registers':>9} {'stack':>6} {'spills':>6} {'shared':>7}")
+    for short, (_, arch, frame, spills, registers, shared) in zip(demangled([f[0] for f in found]), found):
+        clean = frame == 0 and spills == 0
+        print(f"{short:64} {arch:8} {registers:9} {frame:6} {spills:6} {shared:7}{'' if clean else '   <--'}")
+        if not clean and (REQUIRED in short or not any(part in short for part in TOLERATED)):
+            bad.append(f"{short} ({arch})")
+    if not any(REQUIRED in name for name, *_ in found):
+        sys.exit(f"check_ptxas: no kernel named *{REQUIRED}* in the compiler's output")
+    if bad:
+        sys.exit(f"check_ptxas: stack frames or register spills in {', '.join(bad)}")
+    print(f"check_ptxas: {len(found)} kernels, no stack frames, no spills")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Forward and forward + backward of mesa_attention over shapes, beside fla's Mesa op and softmax attention.
+
+    python bench/bench_chunk.py --json chunk.json --plot chunk.png
+    python bench/bench_chunk.py --shapes 8x2048x16x128 --steps 30    # exactly 30 steps
+
+A shape is B x T x heads x width. fla runs at its default of 30 steps; it is left out where it is not installed.
+"""
+
+import torch
+import torch.nn.functional as F
+from accuracy import compare
+from common import (
+    BENCH_REGIME,
+    Timer,
+    environment,
+    floor_ms,
+    host_us,
+    import_fla,
+    make_inputs,
+    make_parser,
+    peak_memory,
+    plot_lines,
+    print_table,
+    replayed,
+    work,
+    write_json,
+)
+
+from mesa_ext import mesa_attention
+
+SHAPES = {
+    "cuda": ["8x2048x16x128", "4x8192x16x128", "1x32768x16x128", "8x4096x16x64", "1x131072x4x128"],
+    "cpu": ["1x512x4x64"],
+}
+SWEEP = [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]  # tokens, at 32k tokens a call at most in one sequence each
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def ours(inputs, options):
+    return lambda: mesa_attention(**inputs, **options)[0]
+
+
+def fla_chunk(inputs):
+    from fla.ops.mesa_net import chunk_mesa_net
+
+    return lambda: chunk_mesa_net(**inputs)[0]
+
+
+def softmax(inputs):
+    q, k, v = (inputs[name].detach().transpose(1, 2).contiguous().requires_grad_() for name in "qkv")
+    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def backward_too(forward, leaves):
+    """Forward and backward with a random output gradient made once."""
+    with torch.no_grad():
+        do = torch.randn_like(forward())
+
+    def call():
+        for leaf in leaves:
+            leaf.grad = None
+        forward().backward(do)
+
+    return call
+
+
+def time_call(forward, inputs, timer):
+    """(forward ms, forward + backward ms, peak MiB of the latter); None for what does not fit."""
+    try:
+        both = backward_too(forward, inputs.values())
+        with torch.no_grad():
+            forward_ms = timer(forward)
+        return forward_ms, timer(both), peak_memory(both, timer.device)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None, None, None
+
+
+def measure(shape, args, timer):
+    B, T, H, D = (int(n) for n in shape.split("x"))
+    inputs = make_inputs(B, T, H, D, D, DTYPES[args.dtype], args.device)
+    options = {"max_cg_iterations": args.steps, "cg_tol": 0.0} if args.steps else {}
+    steps = mesa_attention(**inputs, **options, return_solver_info=True)[2].steps.float()
+    row = {"shape": shape, "steps": steps.mean().item(), "max": int(steps.max())}
+    inputs = {name: a.requires_grad_() for name, a in inputs.items()}
+
+    forward_ms, both_ms, peak = time_call(ours(inputs, options), inputs, timer)
+    executed = work(B, T, H, D, D, row["steps"])
+    needed = work(B, T, H, D, D)
+    row |= {"fwd ms": forward_ms, "fwd+bwd ms": both_ms, "peak MiB": peak}
+    if forward_ms and timer.cuda:
+        seconds = forward_ms / 1e3
+        row |= {
+            "fwd TFLOP/s": executed["forward"][0] / seconds / 1e12,
+            "fwd GB/s": executed["forward"][1] / seconds / 1e9,
+            "fwd floor share": floor_ms(needed["forward"]) / forward_ms,
+            "f+b floor share": floor_ms(*needed.values()) / both_ms,
+        }
+    if import_fla() and args.device == "cuda" and not args.no_peers:
+        row["fla fwd"], row["fla f+b"], row["fla MiB"] = time_call(fla_chunk(inputs), inputs, timer)
+    if not args.no_peers and args.dtype != "fp32":
+        row["softmax fwd"], row["softmax f+b"], _ = time_call(softmax(inputs), inputs, timer)
+    return row
+
+
+def measure_small_call(timer):
+    """B=1, T=512, 16 heads: CUDA-graph replay and the Python side of an eager call, in microseconds."""
+    inputs = make_inputs(1, 512, 16, 128, 128, torch.bfloat16, "cuda")
+    call = ours(inputs, {})
+    with torch.no_grad():
+        replay = replayed(call)
+        replay_us = 1e3 * Timer("cuda", timer.repeats, flush=False)(lambda: [replay() for _ in range(20)]) / 20
+        return {"call": "1x512x16x128 forward", "graph replay us": replay_us, "eager host us": host_us(call)}
+
+
+def plot_sweep(path, rows):
+    """Microseconds a token against the length of a sequence."""
+
+    def points(key):
+        for row in rows:
+            B, T = (int(n) for n in row["shape"].split("x")[:2])
+            if row.get(key):
+                yield T, 1e3 * row[key] / (B * T)
+
+    columns = {"mesa_ext": "fwd+bwd ms", "fla": "fla f+b", "softmax (SDPA)": "softmax f+b"}
+    lines = {name: list(points(key)) for name, key in columns.items()}
+    plot_lines(path, lines, "tokens in a sequence", "forward + backward, microseconds a token")
+
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--shapes", nargs="+")
+    parser.add_argument("--steps", type=int, help="exactly so many solver steps (cg_tol = 0)")
+    parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    parser.add_argument("--sweep", action="store_true", help="time against T at 32k tokens a call, for --plot")
+    args = parser.parse_args()
+    timer = Timer(args.device, args.repeats)
+    print(", ".join(f"{name} {value}" for name, value in environment().items()))
+
+    rows = [measure(shape, args, timer) for shape in args.shapes or SHAPES[torch.device(args.device).type]]
+    print_table(f"mesa_attention, {args.dtype}" + (f", exactly {args.steps} steps" if args.steps else ""), rows)
+    errors = compare(BENCH_REGIME, DTYPES[args.dtype], args.device, tokens=512)
+    print_table("relative error to the float64 reference, T = 512, K = V = 128", errors)
+    extra = {}
+    if timer.cuda:
+        extra["small_call"] = measure_small_call(timer)
+        print_table("small call", [extra["small_call"]])
+    if args.sweep or args.plot:
+        tokens = SWEEP if timer.cuda else [256, 512]
+        total = max(tokens) // 2 if timer.cuda else max(tokens)
+        extra["sweep"] = [measure(f"{max(1, total // t)}x{t}x16x128", args, timer) for t in tokens]
+        print_table("time against T", extra["sweep"])
+        plot_sweep(args.plot, extra["sweep"])
+    write_json(args.json, dtype=args.dtype, exact_steps=args.steps, chunk=rows, errors=errors, **extra)
+
+
+if __name__ == "__main__":
+    main()

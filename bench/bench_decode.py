@@ -1,0 +1,112 @@
+"""One decode step over batch sizes, by CUDA-graph replay, beside fla's kernel and the memory floor.
+
+    python bench/bench_decode.py --json decode.json --plot decode.png
+
+Every replay takes eight different tokens in turn. The floor is the time to read and write both float32 states once.
+"""
+
+import torch
+from common import (
+    PEAK_BYTES,
+    Timer,
+    environment,
+    host_us,
+    import_fla,
+    make_inputs,
+    make_parser,
+    plot_lines,
+    print_table,
+    replayed,
+    write_json,
+)
+
+from mesa_ext import MesaState, mesa_attention, mesa_decode_step
+
+BATCHES = {"cuda": [1, 8, 32, 128, 512], "cpu": [1, 16]}
+TOKENS = 8
+
+
+def start_state(B, H, D, device):
+    """States that 512 tokens have left, repeated over the batch."""
+    few = make_inputs(min(B, 4), 512, H, D, D, torch.bfloat16 if device == "cuda" else torch.float32, device, seed=1)
+    _, state = mesa_attention(**few, output_final_state=True)
+    copies = -(-B // len(state.h_kk))
+    return MesaState(*(h.repeat(copies, 1, 1, 1)[:B].contiguous() for h in state))
+
+
+@torch.no_grad()
+def measure(B, H, D, args, timer):
+    inputs = make_inputs(B, TOKENS, H, D, D, torch.bfloat16 if timer.cuda else torch.float32, args.device)
+    lamb = inputs.pop("lamb")
+    tokens = [{name: a[:, t].contiguous() for name, a in inputs.items()} for t in range(TOKENS)]
+    traffic = 2 * 4 * B * H * 2 * D * D
+    row = {"batch": B, "heads": H, "width": D}
+
+    def run(step):
+        def steps():
+            for token in tokens:
+                step(**token, lamb=lamb)
+
+        if not timer.cuda:
+            return timer(steps) / TOKENS
+        replay = replayed(steps)
+        return timer(lambda: [replay() for _ in range(4)]) / (4 * TOKENS)
+
+    state = start_state(B, H, D, args.device)
+    row["ms"] = run(lambda **token: mesa_decode_step(**token, state=state))
+    row["30 steps ms"] = run(lambda **token: mesa_decode_step(**token, state=state, max_cg_iterations=30, cg_tol=0.0))
+    row["GB/s"] = traffic / row["ms"] / 1e6
+    if timer.cuda:
+        row["floor ms"] = 1e3 * traffic / PEAK_BYTES
+        row["bandwidth share"] = row["floor ms"] / row["ms"]
+        if import_fla():
+            from fla.ops.mesa_net import mesa_net_decoding_one_step
+
+            h_kk, h_kv = start_state(B, H, D, args.device)
+            row["fla ms"] = run(lambda **token: mesa_net_decoding_one_step(**token, prev_h_kk=h_kk, prev_h_kv=h_kv))
+    return row
+
+
+@torch.no_grad()
+def measure_host(H, D, device):
+    """The Python side of an eager call at batch 1, in microseconds."""
+    token = {name: a[:, 0] if name != "lamb" else a for name, a in make_inputs(1, 1, H, D, D, torch.bfloat16, device).items()}
+    state = start_state(1, H, D, device)
+    return host_us(lambda: mesa_decode_step(**token, state=state))
+
+
+def plot_batches(path, rows):
+    """Milliseconds a step against the batch, for the first width of the table."""
+    first = [row for row in rows if row["width"] == rows[0]["width"]]
+    columns = {
+        "mesa_ext": "ms",
+        "mesa_ext, exactly 30 steps": "30 steps ms",
+        "fla, 30 steps": "fla ms",
+        "memory floor": "floor ms",
+    }
+    lines = {name: [(row["batch"], row[key]) for row in first if row.get(key)] for name, key in columns.items()}
+    plot_lines(path, lines, "batch", f"milliseconds a step ({first[0]['heads']} heads of {first[0]['width']})")
+
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--widths", nargs="+", type=int, default=[128, 64])
+    args = parser.parse_args()
+    timer = Timer(args.device, args.repeats, flush=False)  # a decode loop finds its states where the last step left them
+    print(", ".join(f"{name} {value}" for name, value in environment().items()))
+    batches = args.batches or BATCHES[args.device]
+    rows = [measure(B, args.heads, D, args, timer) for D in args.widths for B in batches]
+    print_table("mesa_decode_step, milliseconds a token" + (", CUDA-graph replay" if timer.cuda else ""), rows)
+    extra = {}
+    if timer.cuda:
+        extra["eager_host_us"] = measure_host(args.heads, args.widths[0], args.device)
+        print(f"\nPython side of an eager call: {extra['eager_host_us']:.1f} us")
+    plot_batches(args.plot, rows)
+    write_json(args.json, decode=rows, **extra)
+
+
+if __name__ == "__main__":
+    main()

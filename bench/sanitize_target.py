@@ -1,0 +1,50 @@
+"""Forward, backward and decode on tiny shapes: the program that compute-sanitizer runs (see gpu_report.py)."""
+
+import torch
+
+from mesa_ext import MesaState, mesa_attention, mesa_decode_step
+
+CASES = [  # dtype, K, V, T, heads of q, k and v
+    (torch.bfloat16, 128, 128, 130, 1, 1, 1),
+    (torch.float16, 64, 128, 65, 2, 1, 1),
+    (torch.bfloat16, 40, 24, 70, 1, 1, 2),
+    (torch.float32, 128, 64, 66, 1, 1, 1),
+    (torch.float32, 17, 5, 3, 2, 2, 2),
+]
+
+
+def run(dtype, K, V, T, q_heads, k_heads, heads, bounds):
+    torch.manual_seed(0)
+    normalize = torch.nn.functional.normalize
+    q = normalize(torch.randn(1, T, q_heads, K), dim=-1).to("cuda", dtype).requires_grad_()
+    k = normalize(torch.randn(1, T, k_heads, K), dim=-1).to("cuda", dtype).requires_grad_()
+    v = torch.randn(1, T, heads, V).to("cuda", dtype).requires_grad_()
+    g = torch.empty(1, T, heads).uniform_(-0.1, 0).cuda().requires_grad_()
+    beta = torch.rand(1, T, heads).cuda().requires_grad_()
+    lamb = torch.rand(heads, K).add(0.3).cuda().requires_grad_()
+    n = 1 if bounds is None else len(bounds) - 1
+    state = MesaState.zeros(n, heads, K, V, device="cuda")
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, device="cuda")
+    o, after = mesa_attention(
+        q, k, v, g, beta, lamb, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens, max_cg_iterations=4
+    )
+    (o.float().sum() + after.h_kk.sum() + after.h_kv.sum()).backward()
+    with torch.no_grad():
+        pool = MesaState(*(torch.cat([h, h]) for h in after))
+        rows = torch.tensor([n, -1], device="cuda")
+        tokens = [a[0, :2].contiguous() for a in (q, k, v, g, beta)]
+        o = mesa_decode_step(*tokens, lamb, pool, state_indices=rows, max_cg_iterations=4)
+    torch.cuda.synchronize()
+    finite = [o, *pool, *(a.grad for a in (q, k, v, g, beta, lamb))]
+    assert all(a.isfinite().all().item() for a in finite), (dtype, K, V)
+
+
+def main():
+    for case in CASES:
+        run(*case, bounds=None)
+    run(torch.bfloat16, 128, 128, 130, 1, 1, 1, bounds=[0, 0, 67, 68, 130])
+    print("sanitize_target: done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+// Validation of operator arguments, shared by the CPU and CUDA backends.
+//
+// Every message names the argument, what was expected and what came. Wrong shapes and values raise ValueError, wrong
+// dtypes TypeError, wrong devices RuntimeError. Values are looked at only where they already lie on the CPU, and NaN
+// passes: it is the caller's data and must come out as NaN, not as an exception.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+
+namespace mesa {
+
+// Resolved sizes of a call. Output head o uses state head o / (HO / HS) and query head o / (HO / HQ);
+// state head s uses key head s / (HS / HK).
+struct ProblemSize {
+    int64_t B = 0, T = 1;          // batch and tokens (T = 1 for a decode step)
+    int64_t N = 0;                 // sequences: B, the number of packed sequences, or the rows of the decode pool
+    int64_t HQ = 0, HK = 0, HS = 0, HO = 0;  // heads of q, of k, of the state (v, g, beta, lamb), of the output
+    int64_t K = 0, V = 0;          // key and value widths
+    at::ScalarType dtype = at::kFloat;    // of q, k, v and o
+    at::ScalarType compute = at::kFloat;  // of gates, lamb, states and x
+
+    int64_t outputs_per_state() const { return HO / HS; }
+    int64_t outputs_per_query() const { return HO / HQ; }
+    int64_t states_per_key() const { return HS / HK; }
+};
+
+namespace detail {
+
+constexpr int64_t kMaxCudaWidth = 128;
+
+inline void check_rank(const at::Tensor& t, const char* name, int64_t rank, const char* layout) {
+    TORCH_CHECK_VALUE(t.dim() == rank, name, " must have ", rank, " dimensions ", layout, ", got shape ", t.sizes());
+}
+
+inline void check_shape(const at::Tensor& t, const char* name, at::IntArrayRef shape, const char* layout) {
+    TORCH_CHECK_VALUE(t.sizes() == shape, name, " must have shape ", layout, " = ", shape, ", got ", t.sizes());
+}
+
+inline void check_dtype(const at::Tensor& t, const char* name, at::ScalarType dtype, const char* why) {
+    TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype, " (", why, "), got ", t.scalar_type());
+}
+
+inline void check_device(const at::Tensor& t, const char* name, const at::Tensor& q) {
+    TORCH_CHECK(t.device() == q.device(), name, " must be on the device of q, ", q.device(), ", got ", t.device());
+    TORCH_CHECK(t.layout() == at::kStrided, name, " must be a dense strided tensor, got layout ", t.layout());
+}
+
+inline void check_positive(const at::Tensor& t, const char* name, bool zero_allowed) {
+    if (!t.is_cpu()) return;
+    const auto wrong = zero_allowed ? t.lt(0) : t.le(0);
+    TORCH_CHECK_VALUE(!wrong.any().item<bool>(), name, " must be ", zero_allowed ? ">= 0" : "> 0",
+                      " everywhere, got a smallest value of ", t.masked_select(wrong).min().item<double>());
+}
+
+// dtypes, widths and heads: what chunked calls and decode steps have in common. The last two dimensions of q, k, v are
+// heads and width.
+inline ProblemSize check_heads(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+    check_device(q, "q", q);
+    check_device(k, "k", q);
+    check_device(v, "v", q);
+    const auto dtype = q.scalar_type();
+    const bool half = dtype == at::kHalf || dtype == at::kBFloat16;
+    TORCH_CHECK_TYPE(half || dtype == at::kFloat || (dtype == at::kDouble && q.is_cpu()),
+                     "q must be float16, bfloat16, float32", q.is_cpu() ? " or float64" : " (float64 works on CPU)",
+                     ", got ", dtype);
+    check_dtype(k, "k", dtype, "the dtype of q");
+    check_dtype(v, "v", dtype, "the dtype of q");
+
+    ProblemSize p;
+    p.dtype = dtype;
+    p.compute = dtype == at::kDouble ? at::kDouble : at::kFloat;
+    p.HQ = q.size(-2);
+    p.HK = k.size(-2);
+    p.HS = v.size(-2);
+    p.HO = std::max(p.HQ, p.HS);
+    p.K = q.size(-1);
+    p.V = v.size(-1);
+    TORCH_CHECK_VALUE(p.HQ >= 1 && p.HK >= 1 && p.HS >= 1, "q, k and v must have at least one head, got ", p.HQ, ", ",
+                      p.HK, " and ", p.HS);
+    TORCH_CHECK_VALUE(p.K >= 1, "q must have a key width of at least 1, got shape ", q.sizes());
+    TORCH_CHECK_VALUE(p.V >= 1, "v must have a value width of at least 1, got shape ", v.sizes());
+    TORCH_CHECK_VALUE(p.HO % p.HQ == 0 && p.HO % p.HS == 0,
+                      "the heads of q must be a multiple or a divisor of the heads of v, got ", p.HQ, " and ", p.HS);
+    TORCH_CHECK_VALUE(p.HS % p.HK == 0, "the heads of k must divide the heads of v, got ", p.HK, " and ", p.HS);
+    TORCH_CHECK_VALUE(q.is_cpu() || (p.K <= kMaxCudaWidth && p.V <= kMaxCudaWidth),
+                      "key and value widths above ", kMaxCudaWidth, " are not supported on ", q.device(),
+                      " (they are on CPU), got ", p.K, " and ", p.V);
+    return p;
+}
+
+inline void check_gates(const ProblemSize& p, const at::Tensor& q, const at::Tensor& g, const at::Tensor& beta,
+                        const at::Tensor& lamb, at::IntArrayRef shape, const char* layout) {
+    const char* why = "the compute dtype: float64 for float64 q, else float32";
+    check_device(g, "g", q);
+    check_device(beta, "beta", q);
+    check_device(lamb, "lamb", q);
+    check_shape(g, "g", shape, layout);
+    check_shape(beta, "beta", shape, layout);
+    check_shape(lamb, "lamb", {p.HS, p.K}, "[heads of v, key width]");
+    check_dtype(g, "g", p.compute, why);
+    check_dtype(beta, "beta", p.compute, why);
+    check_dtype(lamb, "lamb", p.compute, why);
+    check_positive(beta, "beta", true);
+    check_positive(lamb, "lamb", false);
+}
+
+inline void check_solver(int64_t max_cg_iterations, double cg_tol) {
+    TORCH_CHECK_VALUE(max_cg_iterations >= 1 && max_cg_iterations <= std::numeric_limits<int>::max(),
+                      "max_cg_iterations must be at least 1 and fit 32 bits, got ", max_cg_iterations);
+    TORCH_CHECK_VALUE(cg_tol >= 0 && std::isfinite(cg_tol), "cg_tol must be finite and >= 0, got ", cg_tol);
+}
+
+inline void check_state(const ProblemSize& p, const at::Tensor& q, const at::Tensor& t, const char* name,
+                        int64_t width) {
+    check_device(t, name, q);
+    check_shape(t, name, {p.N, p.HS, p.K, width},
+                width == p.K ? "[sequences, heads of v, key width, key width]"
+                             : "[sequences, heads of v, key width, value width]");
+    check_dtype(t, name, p.compute, "the compute dtype: float64 for float64 q, else float32");
+}
+
+inline void check_cu_seqlens(const ProblemSize& p, const at::Tensor& q, const at::Tensor& cu_seqlens) {
+    check_device(cu_seqlens, "cu_seqlens", q);
+    check_dtype(cu_seqlens, "cu_seqlens", at::kLong, "offsets of the sequences");
+    TORCH_CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1,
+                      "cu_seqlens must have shape [sequences + 1], got ", cu_seqlens.sizes());
+    TORCH_CHECK_VALUE(p.B == 1, "packed sequences (cu_seqlens) need a batch of 1, got q with a batch of ", p.B);
+    if (!cu_seqlens.is_cpu()) return;
+    const auto offsets = cu_seqlens.contiguous();
+    const int64_t* at = offsets.const_data_ptr<int64_t>();
+    const int64_t last = offsets.numel() - 1;
+    TORCH_CHECK_VALUE(at[0] == 0, "cu_seqlens must start at 0, got ", at[0]);
+    for (int64_t n = 0; n < last; ++n)
+        TORCH_CHECK_VALUE(at[n] <= at[n + 1], "cu_seqlens must not decrease, got ", at[n], " followed by ", at[n + 1]);
+    TORCH_CHECK_VALUE(at[last] == p.T, "cu_seqlens must end at T = ", p.T, ", got ", at[last]);
+}
+
+}  // namespace detail
+
+// q [B,T,HQ,K], k [B,T,HK,K], v [B,T,HS,V], g and beta [B,T,HS], lamb [HS,K], h_kk [N,HS,K,K], h_kv [N,HS,K,V] (both or
+// neither), cu_seqlens int64 [N+1] or none.
+inline ProblemSize check_chunk_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                      const at::Tensor& g, const at::Tensor& beta, const at::Tensor& lamb,
+                                      const std::optional<at::Tensor>& h_kk, const std::optional<at::Tensor>& h_kv,
+                                      const std::optional<at::Tensor>& cu_seqlens, int64_t max_cg_iterations,
+                                      double cg_tol) {
+    detail::check_rank(q, "q", 4, "[B, T, heads, key width]");
+    detail::check_rank(k, "k", 4, "[B, T, heads, key width]");
+    detail::check_rank(v, "v", 4, "[B, T, heads, value width]");
+    ProblemSize p = detail::check_heads(q, k, v);
+    p.B = q.size(0);
+    p.T = q.size(1);
+    detail::check_shape(k, "k", {p.B, p.T, p.HK, p.K}, "[B, T, heads of k, key width of q]");
+    detail::check_shape(v, "v", {p.B, p.T, p.HS, p.V}, "[B, T, heads of v, value width]");
+    detail::check_gates(p, q, g, beta, lamb, {p.B, p.T, p.HS}, "[B, T, heads of v]");
+    p.N = p.B;
+    if (cu_seqlens) {
+        detail::check_cu_seqlens(p, q, *cu_seqlens);
+        p.N = cu_seqlens->numel() - 1;
+    }
+    TORCH_CHECK_VALUE(h_kk.has_value() == h_kv.has_value(), "h_kk and h_kv must be given together, got only ",
+                      h_kk ? "h_kk" : "h_kv");
+    if (h_kk) {
+        detail::check_state(p, q, *h_kk, "h_kk", p.K);
+        detail::check_state(p, q, *h_kv, "h_kv", p.V);
+    }
+    detail::check_solver(max_cg_iterations, cg_tol);
+    return p;
+}
+
+// What chunk_backward takes on top: do [B,T,HO,V] in q's dtype, x [B,T,HO,K] and dh_*_final [N,HS,K,..] (each optional)
+// in the compute dtype.
+inline void check_backward_inputs(const ProblemSize& p, const at::Tensor& q, const at::Tensor& grad_o,
+                                  const std::optional<at::Tensor>& dh_kk_final,
+                                  const std::optional<at::Tensor>& dh_kv_final, const at::Tensor& x) {
+    detail::check_device(grad_o, "do", q);
+    detail::check_device(x, "x", q);
+    detail::check_shape(grad_o, "do", {p.B, p.T, p.HO, p.V}, "[B, T, output heads, value width]");
+    detail::check_shape(x, "x", {p.B, p.T, p.HO, p.K}, "[B, T, output heads, key width]");
+    detail::check_dtype(grad_o, "do", p.dtype, "the dtype of q");
+    detail::check_dtype(x, "x", p.compute, "the compute dtype: float64 for float64 q, else float32");
+    if (dh_kk_final) detail::check_state(p, q, *dh_kk_final, "dh_kk_final", p.K);
+    if (dh_kv_final) detail::check_state(p, q, *dh_kv_final, "dh_kv_final", p.V);
+}
+
+// q [B,HQ,K], k [B,HK,K], v [B,HS,V], g and beta [B,HS], lamb [HS,K]; h_kk [P,HS,K,K] and h_kv [P,HS,K,V] contiguous;
+// state_indices int64 [B], or none with P = B. The result's N is P.
+inline ProblemSize check_decode_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                       const at::Tensor& g, const at::Tensor& beta, const at::Tensor& lamb,
+                                       const at::Tensor& h_kk, const at::Tensor& h_kv,
+                                       const std::optional<at::Tensor>& state_indices, int64_t max_cg_iterations,
+                                       double cg_tol) {
+    detail::check_rank(q, "q", 3, "[B, heads, key width]");
+    detail::check_rank(k, "k", 3, "[B, heads, key width]");
+    detail::check_rank(v, "v", 3, "[B, heads, value width]");
+    ProblemSize p = detail::check_heads(q, k, v);
+    p.B = q.size(0);
+    detail::check_shape(k, "k", {p.B, p.HK, p.K}, "[B, heads of k, key width of q]");
+    detail::check_shape(v, "v", {p.B, p.HS, p.V}, "[B, heads of v, value width]");
+    detail::check_gates(p, q, g, beta, lamb, {p.B, p.HS}, "[B, heads of v]");
+    detail::check_rank(h_kk, "h_kk", 4, "[states, heads of v, key width, key width]");
+    p.N = state_indices ? h_kk.size(0) : p.B;
+    detail::check_state(p, q, h_kk, "h_kk", p.K);
+    detail::check_state(p, q, h_kv, "h_kv", p.V);
+    TORCH_CHECK_VALUE(h_kk.is_contiguous(), "h_kk must be contiguous (it is updated in place), got strides ",
+                      h_kk.strides());
+    TORCH_CHECK_VALUE(h_kv.is_contiguous(), "h_kv must be contiguous (it is updated in place), got strides ",
+                      h_kv.strides());
+    if (state_indices) {
+        detail::check_device(*state_indices, "state_indices", q);
+        detail::check_dtype(*state_indices, "state_indices", at::kLong, "rows of the state pool");
+        detail::check_shape(*state_indices, "state_indices", {p.B}, "[B]");
+        if (state_indices->is_cpu()) {
+            const auto indices = state_indices->contiguous();
+            const int64_t* row = indices.const_data_ptr<int64_t>();
+            for (int64_t b = 0; b < p.B; ++b)
+                TORCH_CHECK_VALUE(row[b] >= -1 && row[b] < p.N, "state_indices must be -1 (skip) or below ", p.N,
+                                  ", the number of states, got ", row[b]);
+        }
+    }
+    detail::check_solver(max_cg_iterations, cg_tol);
+    return p;
+}
+
+}  // namespace mesa

@@ -1,0 +1,149 @@
+// Inner loops of the CPU backend for one instruction set. Included once for each of them with
+//   MESA_ISA           namespace of the result
+//   MESA_TARGET        function attribute that selects the instructions
+//   MESA_VECTOR_BYTES  width of a register; a line holds a whole number of them
+// No lambdas and no library functions here: they would not inherit MESA_TARGET.
+
+namespace mesa {
+namespace MESA_ISA {
+
+template <typename T>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(MESA_VECTOR_BYTES), may_alias));
+    static constexpr int width = MESA_VECTOR_BYTES / sizeof(T);
+};
+
+// R rows by NV registers of a product, summed over p in [k0, k1).
+template <typename T, int R, int NV>
+MESA_TARGET void multiply_tile(const Product<T>& m, const int* rows, int64_t column, int64_t k0, int64_t k1) {
+    using V = typename VectorOf<T>::type;
+    constexpr int W = VectorOf<T>::width;
+    V sum[R][NV];
+    const T* a[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        a[r] = m.a + rows[r] * m.a_row;
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sum[r][v] = V{};
+    }
+    const T* b = m.b + k0 * m.ldb + column;
+    int64_t offset = k0 * m.a_col;
+    for (int64_t p = k0; p < k1; ++p, b += m.ldb, offset += m.a_col) {
+        V bv[NV];
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) bv[v] = *reinterpret_cast<const V*>(b + v * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) sum[r][v] += a[r][offset] * bv[v];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        const int64_t at = rows[r] * m.ldc + column;
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+            V value = sum[r][v];
+            if (m.row_scale) value *= m.row_scale[rows[r]];
+            if (m.add) value += m.add_scale * *reinterpret_cast<const V*>(m.add + at + v * W);
+            *reinterpret_cast<V*>(m.c + at + v * W) = value;
+        }
+    }
+}
+
+// Rows in tiles of R, for a stripe of NV registers that stays in the first-level cache.
+template <typename T, int R, int NV>
+MESA_TARGET int multiply_rows(const Product<T>& m, const int* rows, int count, int64_t column) {
+    int i = 0;
+    for (; i + R <= count; i += R) {
+        const int first = rows[i], last = rows[i + R - 1];
+        if (m.part == Part::c_lower && column > last) continue;
+        const int64_t k0 = m.part == Part::a_upper ? first : 0;
+        const int64_t k1 = m.part == Part::a_lower && last + 1 < m.k ? last + 1 : m.k;
+        multiply_tile<T, R, NV>(m, rows + i, column, k0, k1);
+    }
+    return i;
+}
+
+template <typename T, int NV>
+MESA_TARGET void multiply_stripe(const Product<T>& m, const int* rows, int count, int64_t column) {
+    int i = multiply_rows<T, 6, NV>(m, rows, count, column);
+    i += multiply_rows<T, 4, NV>(m, rows + i, count - i, column);
+    i += multiply_rows<T, 2, NV>(m, rows + i, count - i, column);
+    multiply_rows<T, 1, NV>(m, rows + i, count - i, column);
+}
+
+template <typename T>
+MESA_TARGET void multiply(const Product<T>& m, const int* rows, int count) {
+    constexpr int W = VectorOf<T>::width;
+    int64_t column = 0;
+    if (count == 1) {  // wide, to hide the latency of the additions
+        for (; column + 8 * W <= m.n; column += 8 * W) multiply_rows<T, 1, 8>(m, rows, count, column);
+    }
+    for (; column + 2 * W <= m.n; column += 2 * W) multiply_stripe<T, 2>(m, rows, count, column);
+    for (; column < m.n; column += W) multiply_stripe<T, 1>(m, rows, count, column);
+}
+
+template <typename T>
+MESA_TARGET void mask_scores(T* scores, const T* mask, int64_t ld, const int* rows, int count) {
+    using V = typename VectorOf<T>::type;
+    for (int n = 0; n < count; ++n) {
+        const int i = rows[n];
+        T* s = scores + i * ld;
+        for (int j = 0; j <= i; j += VectorOf<T>::width)
+            *reinterpret_cast<V*>(s + j) *= *reinterpret_cast<const V*>(mask + i * ld + j);
+        for (int j = i + 1; j < kChunk; ++j) s[j] = 0;
+    }
+}
+
+template <typename T>
+MESA_TARGET T sum_lanes(const T* lanes) {
+    T result = 0;
+    for (int i = 0; i < VectorOf<T>::width; ++i) result += lanes[i];
+    return result;
+}
+
+template <typename T>
+MESA_TARGET T dot(int64_t n, const T* a, const T* b) {
+    using V = typename VectorOf<T>::type;
+    V sum = V{};
+    for (int64_t i = 0; i < n; i += VectorOf<T>::width)
+        sum += *reinterpret_cast<const V*>(a + i) * *reinterpret_cast<const V*>(b + i);
+    return sum_lanes<T>(reinterpret_cast<const T*>(&sum));
+}
+
+template <typename T>
+MESA_TARGET void cg_step(int64_t n, const T* lamb, const T* inverse_lamb, T* p, T* ap, T* x, T* r, CgRow<T>& row,
+                         T tol2) {
+    using V = typename VectorOf<T>::type;
+    constexpr int W = VectorOf<T>::width;
+    V sum = V{};
+    for (int64_t i = 0; i < n; i += W) {
+        const V pv = *reinterpret_cast<const V*>(p + i);
+        const V v = *reinterpret_cast<const V*>(ap + i) + pv * *reinterpret_cast<const V*>(lamb + i);
+        *reinterpret_cast<V*>(ap + i) = v;
+        sum += pv * v;
+    }
+    const T alpha = row.alpha(sum_lanes<T>(reinterpret_cast<const T*>(&sum)));
+    sum = V{};
+    for (int64_t i = 0; i < n; i += W) {
+        *reinterpret_cast<V*>(x + i) += alpha * *reinterpret_cast<const V*>(p + i);
+        const V rv = *reinterpret_cast<const V*>(r + i) - alpha * *reinterpret_cast<const V*>(ap + i);
+        *reinterpret_cast<V*>(r + i) = rv;
+        sum += rv * (rv * *reinterpret_cast<const V*>(inverse_lamb + i));
+    }
+    const T beta = row.advance(sum_lanes<T>(reinterpret_cast<const T*>(&sum)), tol2);
+    for (int64_t i = 0; i < n; i += W) {
+        V& pv = *reinterpret_cast<V*>(p + i);
+        pv = *reinterpret_cast<const V*>(r + i) * *reinterpret_cast<const V*>(inverse_lamb + i) + beta * pv;
+    }
+}
+
+template <typename T>
+constexpr Kernels<T> table{multiply<T>, mask_scores<T>, cg_step<T>, dot<T>};
+
+}  // namespace MESA_ISA
+}  // namespace mesa
+
+#undef MESA_ISA
+#undef MESA_TARGET
+#undef MESA_VECTOR_BYTES

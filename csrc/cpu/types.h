@@ -1,0 +1,60 @@
+// What the CPU backend and its per-instruction-set kernels share.
+//
+// Matrices are row-major scratch memory: rows start at multiples of 64 bytes (a line), are padded with zeros to whole
+// lines, and lie an odd number of lines apart, so that a column block of a matrix product does not fall into a few
+// sets of the cache.
+#pragma once
+
+#include <cstdint>
+
+#include "../cg.h"
+
+namespace mesa {
+
+constexpr int kChunk = 64;  // tokens of a chunk
+
+template <typename T> constexpr int64_t kLine = 64 / sizeof(T);
+
+// Width of a row of n numbers with its padding, and the distance between such rows.
+template <typename T> int64_t padded(int64_t n) { return (n + kLine<T> - 1) / kLine<T> * kLine<T>; }
+template <typename T> int64_t pitch(int64_t n) { return (padded<T>(n) / kLine<T> | 1) * kLine<T>; }
+
+// Which part of a product over the tokens of a chunk is known to be zero or not wanted.
+enum class Part {
+    all,
+    a_lower,  // A[i,p] = 0 for p > i
+    a_upper,  // A[i,p] = 0 for p < i
+    c_lower,  // C[i,j] is wanted for j <= i; the rest is left undefined
+};
+
+// C = row_scale o (A B) + add_scale * add
+template <typename T>
+struct Product {
+    const T* a;  // A[i,p] = a[i * a_row + p * a_col], so that A may be a transpose
+    int64_t a_row, a_col;
+    const T* b;
+    int64_t ldb;
+    T* c;
+    int64_t ldc;
+    int64_t n, k;  // columns of B and C (whole lines), rows of B
+    Part part = Part::all;
+    const T* row_scale = nullptr;
+    const T* add = nullptr;  // laid out as C, may be C itself
+    T add_scale = 1;
+};
+
+// The inner loops, compiled for several instruction sets. Every number of a result is summed in one fixed order, that
+// depends neither on the other rows taking part nor on threads: this makes results independent of the rest of the
+// batch bit for bit, and lets the solver drop finished rows.
+template <typename T>
+struct Kernels {
+    // The given rows of C, in ascending order.
+    void (*multiply)(const Product<T>& product, const int* rows, int count);
+    // scores[i,j] *= mask[i,j] for j <= i, and 0 for j > i; both kChunk wide.
+    void (*mask_scores)(T* scores, const T* mask, int64_t ld, const int* rows, int count);
+    // One step of the conjugate gradient for one row, given ap = (A - Lambda) p.
+    void (*cg_step)(int64_t n, const T* lamb, const T* inverse_lamb, T* p, T* ap, T* x, T* r, CgRow<T>& row, T tol2);
+    T (*dot)(int64_t n, const T* a, const T* b);
+};
+
+}  // namespace mesa

@@ -1,0 +1,302 @@
+// solve: x_t = (H_t + diag(lamb))^-1 rhs_t for the 64 tokens of a chunk, by preconditioned conjugate gradient (cg.h).
+//
+// With c the state before the chunk, P the directions of the 64 tokens and M_ij = decay(i, j) beta_j for j <= i:
+//
+//     A P = e^{gc} (P H_c) + ((P K') o M) K + P Lambda
+//
+// H lies in shared memory as hi + lo, K in one term (two if it came in float32). P is rounded once to fp16, with a
+// power-of-two scale per row, and that same P enters A P, p.Ap and x += alpha p, so that rounding it costs no accuracy.
+// A warp owns 16 rows and shares nothing with the other warps but read-only memory: it ends when its rows have ended.
+#include "../cg.h"
+#include "chunk.cuh"
+
+namespace mesa {
+namespace {
+
+// |p| is kept near 2^9: products with keys (|k| <= 2^4.5) stay below fp16's 2^16, small elements far above its 2^-24.
+constexpr int kDirectionExponent = 9;
+
+template <int KTiles, int KeyTerms>
+struct Shared {
+    __half keys[KTiles * KeyTerms * kPanel];  // row-scaled to a largest element in [1, 2)
+    __half h[KTiles * KTiles * 2 * kPanel];   // [column tile][row tile][hi, lo]
+    float4 x[KTiles * 8 * kThreads];          // each thread's own part, in accumulator layout
+    ChunkGates gates;
+    float rhs_scale[kChunk];  // row's true value = scale * stored
+    // 112 KB + 1 KB at K = 128 in 16 bits: two blocks on a multiprocessor of 228 KB.
+};
+
+__device__ __forceinline__ float smallest_lamb(const float* lamb, int width, int lane) {
+    float m = lamb[lane];
+    for (int i = lane + 32; i < width; i += 32) m = fminf(m, lamb[i]);
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) m = fminf(m, __shfl_xor_sync(0xffffffffu, m, d));
+    return m;
+}
+
+// Power of two that brings a vector of squared Lambda norm `pp` to a norm of about 2^kDirectionExponent.
+__device__ __forceinline__ float direction_scale(float pp, float inverse_smallest_lamb) {
+    const int exponent = static_cast<int>((__float_as_uint(pp * inverse_smallest_lamb) >> 23) & 0xff) - 127;
+    return pow2(min(max(kDirectionExponent - ((exponent + 1) >> 1), -126), 126));
+}
+
+// Two neighbouring elements of the stored direction. `zero` is a zero that the compiler cannot see through, another one
+// for each phase of a step: it would otherwise unpack all of p once and keep it, and there are no registers for that.
+__device__ __forceinline__ float2 direction_at(const Operand<1>& p, int n, int half, uint32_t zero) {
+    return unpack(p.term[0].r[n / 2][n % 2 * 2 + half] ^ zero);
+}
+
+template <int KTiles, int KeyTerms>
+__global__ void __launch_bounds__(kThreads, 2) solve_kernel(const __grid_constant__ SolveArgs a) {
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    auto& sm = *reinterpret_cast<Shared<KTiles, KeyTerms>*>(shared_bytes);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t slot = blockIdx.x / a.heads;
+    const int head = blockIdx.x % a.heads;
+    const Chunk chunk = find_chunk(a.problem, slot);
+    if (chunk.length == 0) return;
+
+    // Loads. x's place takes the keys' row scales first (they go into beta, the weight of score (i, j)), then the
+    // right-hand side.
+    float* const scratch = reinterpret_cast<float*>(sm.x);
+    float* const key_scale = scratch;
+    load_gates(sm.gates, a.gates, a.problem, chunk, head);
+    load_rows<KTiles, KeyTerms>(sm.keys, key_scale, a.keys, chunk, head, 0, 0);
+    const int value_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = value_tiles + KTiles;
+    const int64_t place = state_tile(a.states, slot, head, column_tiles, value_tiles);
+#pragma unroll
+    for (int ct = 0; ct < KTiles; ++ct)
+        copy_panels<KTiles * 2>(sm.h + ct * KTiles * 2 * kPanel, a.states.panels + (place + ct) * KTiles * 2 * kPanel);
+    const float* const h_scale = a.states.scales + place;
+    __syncthreads();
+    if (threadIdx.x < kChunk) sm.gates.beta[threadIdx.x] *= key_scale[threadIdx.x] * key_scale[threadIdx.x];
+    __syncthreads();
+    stage_rows<KTiles>(scratch, a.rhs, chunk, head);
+
+    // Per row: the factor of P H_c, and a power of two `mu` >= the row's largest weight, which keeps the scores in fp16.
+    const int first_row = warp * 16;
+    const int own_row = first_row + acc_row(lane, lane & 1);  // whose scalars this lane keeps
+    float largest = 0.f;
+    for (int j = lane & 2; j <= own_row; j += 4)
+        largest = fmaxf(largest, fmaxf(sm.gates.decay(own_row, j) * sm.gates.beta[j],
+                                       j < own_row ? sm.gates.decay(own_row, j + 1) * sm.gates.beta[j + 1] : 0.f));
+    // Where the state before the chunk outweighs the chunk beyond float32, a larger mu keeps their ratio finite.
+    for (int ct = 0; ct < KTiles; ++ct) largest = fmaxf(largest, sm.gates.decay_from_start(own_row) * h_scale[ct] * pow2(-80));
+    const float mu = scale_to(fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)), -1).down;
+
+    const float* lamb = a.lamb + (head / a.states.group) * (KTiles * kChunk);
+    const float inverse_smallest_lamb = __frcp_rn(smallest_lamb(lamb, KTiles * kChunk, lane));
+    const float* const lane_lamb = lamb + acc_col(lane, 0);  // this lane's columns are at constant distances from here
+    const float tol_squared = a.tolerance * a.tolerance;
+
+    // r = rhs scaled by a power of two, x = 0, p = z = r / lamb.
+    __syncthreads();
+    Acc r[KTiles];
+    float rz[2] = {0.f, 0.f};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int t = first_row + acc_row(lane, half);
+        float amax = 0.f;
+#pragma unroll
+        for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                const float2 v = *reinterpret_cast<const float2*>(scratch + staged_offset<KTiles>(t, kt * kChunk + acc_col(lane, n)));
+                r[kt].c[n][half * 2] = v.x, r[kt].c[n][half * 2 + 1] = v.y;
+                amax = fmaxf(amax, fmaxf(fabsf(v.x), fabsf(v.y)));
+            }
+        const Pow2Scale s = scale_to(quad_max(amax), 0);
+        if (lane % 4 == 0) sm.rhs_scale[t] = s.down;
+#pragma unroll
+        for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll
+            for (int n = 0; n < 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float& v = r[kt].c[n][half * 2 + e];
+                    v *= s.up;
+                    rz[half] += __fdividef(v * v, __ldg(lane_lamb + kt * kChunk + n * 8 + e));
+                }
+    }
+    CgRow<float> row(own_sum(rz, lane));
+    float direction = direction_scale(row.pp, inverse_smallest_lamb);  // stored p = direction * p
+    __syncthreads();
+    Operand<1> p[KTiles];
+    const float first_direction[2] = {of_row(direction, 0, lane), of_row(direction, 1, lane)};
+#pragma unroll
+    for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+            const float2 l = ptx::load_in_place(lane_lamb + kt * kChunk + n * 8);
+            const float2 inverse = {__fdividef(1.f, l.x), __fdividef(1.f, l.y)};
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                p[kt].term[0].r[n / 2][n % 2 * 2 + half] = pack(r[kt].c[n][half * 2] * inverse.x * first_direction[half],
+                                                                r[kt].c[n][half * 2 + 1] * inverse.y * first_direction[half]);
+            sm.x[(kt * 8 + n) * kThreads + threadIdx.x] = {0.f, 0.f, 0.f, 0.f};
+        }
+
+    const uint32_t zero_for_update = static_cast<uint32_t>(a.problem.K) >> 31;
+    const uint32_t zero_for_next = static_cast<uint32_t>(a.problem.V) >> 31;
+    for (int step = 0; step < a.max_iterations && __any_sync(0xffffffffu, row.active); ++step) {
+        const float row_mu[2] = {of_row(mu, 0, lane), of_row(mu, 1, lane)};
+        Acc ap[KTiles];
+#pragma unroll
+        for (int ct = 0; ct < KTiles; ++ct) {
+            zero(ap[ct]);
+#pragma unroll
+            for (int rt = 0; rt < KTiles; ++rt) mma_AB<2>(ap[ct], p[rt], sm.h + (ct * KTiles + rt) * 2 * kPanel, lane);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float factor = sm.gates.decay_from_start(first_row + acc_row(lane, half)) * (h_scale[ct] * pow2_inverse(row_mu[half]));
+#pragma unroll
+                for (int n = 0; n < 8; ++n) ap[ct].c[n][half * 2] *= factor, ap[ct].c[n][half * 2 + 1] *= factor;
+            }
+        }
+        // (P K') o M, some tokens j at a time, to keep within the registers; this warp's rows see none past its last.
+        constexpr int kTokens = KeyTerms == 2 ? 16 : 32;
+        for (int first = 0; first <= first_row; first += kTokens) {
+            float scores[kTokens / 8][4] = {};
+#pragma unroll
+            for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const __half* keys = sm.keys + kt * KeyTerms * kPanel + first * kChunk;
+#pragma unroll
+                    for (int t = 0; t < KeyTerms; ++t) mma_ABt_step(scores, p[kt].term[0].r[k], keys + t * kPanel, k, lane);
+                }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int i = first_row + acc_row(lane, half);
+                const float gi_hi = sm.gates.hi[i], gi_lo = sm.gates.lo[i], inverse_mu = pow2_inverse(row_mu[half]);
+#pragma unroll
+                for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const int j = first + acc_col(lane, n) + e;
+                        const float decay = ptx::exp2_approx((gi_hi - sm.gates.hi[j]) + (gi_lo - sm.gates.lo[j]));
+                        float& s = scores[n][half * 2 + e];
+                        s = j <= i ? s * (decay * sm.gates.beta[j] * inverse_mu) : 0.f;
+                    }
+            }
+#pragma unroll
+            for (int k = 0; k < kTokens / 16; ++k) {
+                uint32_t hi[4], lo[4];
+                acc_step_operand<KeyTerms>(hi, lo, scores[k * 2], scores[k * 2 + 1]);
+#pragma unroll
+                for (int ct = 0; ct < KTiles; ++ct) {
+                    const __half* keys = sm.keys + ct * KeyTerms * kPanel + (first + k * 16) * kChunk;
+                    mma_AB_step(ap[ct].c, hi, keys, 0, lane);
+                    if constexpr (KeyTerms == 2) mma_AB_step(ap[ct].c, hi, keys + kPanel, 0, lane);
+                    if constexpr (KeyTerms == 2) mma_AB_step(ap[ct].c, lo, keys, 0, lane);
+                }
+            }
+        }
+
+        // A p in true units (of the stored p), and p.Ap.
+        float pAp[2] = {0.f, 0.f};
+#pragma unroll
+        for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                const float2 l = ptx::load_in_place(lane_lamb + kt * kChunk + n * 8);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float2 d = direction_at(p[kt], n, half, 0);
+                    float& u = ap[kt].c[n][half * 2];
+                    float& v = ap[kt].c[n][half * 2 + 1];
+                    u = fmaf(l.x, d.x, row_mu[half] * u);
+                    v = fmaf(l.y, d.y, row_mu[half] * v);
+                    pAp[half] = fmaf(d.x, u, fmaf(d.y, v, pAp[half]));
+                }
+            }
+        const float inverse_direction = pow2_inverse(direction);
+        const float own_alpha = row.alpha(own_sum(pAp, lane) * inverse_direction * inverse_direction) * inverse_direction;
+        const float alpha[2] = {of_row(own_alpha, 0, lane), of_row(own_alpha, 1, lane)};
+
+        // x += alpha p, r -= alpha Ap, r.z.
+        rz[0] = rz[1] = 0.f;
+#pragma unroll
+        for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                const float2 l = ptx::load_in_place(lane_lamb + kt * kChunk + n * 8);
+                const float2 inverse = {__fdividef(1.f, l.x), __fdividef(1.f, l.y)};
+                float4& x = sm.x[(kt * 8 + n) * kThreads + threadIdx.x];
+                float* xs[2] = {&x.x, &x.z};
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float2 d = direction_at(p[kt], n, half, zero_for_update);
+                    xs[half][0] = fmaf(alpha[half], d.x, xs[half][0]);
+                    xs[half][1] = fmaf(alpha[half], d.y, xs[half][1]);
+                    float& u = r[kt].c[n][half * 2];
+                    float& v = r[kt].c[n][half * 2 + 1];
+                    u = fmaf(-alpha[half], ap[kt].c[n][half * 2], u);
+                    v = fmaf(-alpha[half], ap[kt].c[n][half * 2 + 1], v);
+                    rz[half] = fmaf(u * inverse.x, u, fmaf(v * inverse.y, v, rz[half]));
+                }
+            }
+
+        // p = z + beta p, in its new scale; the direction of a row that has ended is zero.
+        const float beta = row.advance(own_sum(rz, lane), tol_squared);
+        direction = direction_scale(row.pp, inverse_smallest_lamb);
+        const float own_add = row.active ? direction : 0.f, own_keep = beta * direction * inverse_direction;
+        const float add[2] = {of_row(own_add, 0, lane), of_row(own_add, 1, lane)};
+        const float keep[2] = {of_row(own_keep, 0, lane), of_row(own_keep, 1, lane)};
+#pragma unroll
+        for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                const float2 l = ptx::load_in_place(lane_lamb + kt * kChunk + n * 8);
+                const float2 inverse = {__fdividef(1.f, l.x), __fdividef(1.f, l.y)};
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float2 d = direction_at(p[kt], n, half, zero_for_next);
+                    p[kt].term[0].r[n / 2][n % 2 * 2 + half] = pack(fmaf(r[kt].c[n][half * 2] * inverse.x, add[half], d.x * keep[half]),
+                                  fmaf(r[kt].c[n][half * 2 + 1] * inverse.y, add[half], d.y * keep[half]));
+                }
+            }
+    }
+
+    const int K = a.problem.K;
+    const Chunk to_write = find_chunk(a.problem, slot ^ zero_for_next);  // found anew rather than kept
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int t = first_row + acc_row(lane, half);
+        if (t >= to_write.length) continue;
+        const int64_t token = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + head;
+        const float scale = sm.rhs_scale[t];
+#pragma unroll 4
+        for (int i = 0; i < KTiles * 8; ++i) {
+            const float4 x = sm.x[i * kThreads + threadIdx.x];
+            const int col = i / 8 * kChunk + acc_col(lane, i % 8);
+            const float2 v = {(half ? x.z : x.x) * scale, (half ? x.w : x.y) * scale};
+            float* const to = a.x + token * K + col;
+            if (K % 2 == 0 && col < K) {
+                *reinterpret_cast<float2*>(to) = v;
+            } else {
+                if (col < K) to[0] = v.x;
+                if (col + 1 < K) to[1] = v.y;
+            }
+        }
+        if (lane % 4 == half) {
+            if (a.steps) a.steps[token] = row.steps;
+            if (a.bound) a.bound[token] = sqrtf(row.bound_squared());
+        }
+    }
+}
+
+template <int KTiles, int KeyTerms>
+cudaError_t launch_solver(const SolveArgs& a, cudaStream_t stream) {
+    return launch(solve_kernel<KTiles, KeyTerms>, a, a.problem.slots() * a.heads, sizeof(Shared<KTiles, KeyTerms>), stream);
+}
+
+}  // namespace
+
+cudaError_t launch_solve(const SolveArgs& a, cudaStream_t stream) {
+    const bool two_terms = a.keys.dtype == DType::f32;
+    if (tiles(a.problem.K) == 1) return two_terms ? launch_solver<1, 2>(a, stream) : launch_solver<1, 1>(a, stream);
+    return two_terms ? launch_solver<2, 2>(a, stream) : launch_solver<2, 1>(a, stream);
+}
+
+}  // namespace mesa

@@ -1,0 +1,232 @@
+// Matrix products on tiles: fp16 panels of 64 x 64 in shared memory, 16-row strips of accumulators in registers.
+//
+// A warp owns 16 rows; its accumulators and A operands have the layout of mma.m16n8k16, which is also that of one warp
+// of wgmma.m64nNk16. Numbers that need more than fp16's 11 bits are held as two terms, hi + lo (22 bits), of one
+// common scale, so that all their products add up in one accumulator.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include "../mesa.h"
+#include "ptx.cuh"
+
+namespace mesa {
+
+constexpr int kThreads = 128;  // 4 warps of 16 rows each
+
+// 16 x 64 accumulators. Lane l holds, of each 8-column tile n, columns 8n + 2(l % 4) + {0, 1} of row l / 4 in
+// c[n][0..1] and of row l / 4 + 8 in c[n][2..3].
+struct Acc {
+    float c[8][4];
+};
+
+// 16 x 64 A operand: four steps of 16 along the contraction.
+struct Frag {
+    uint32_t r[4][4];
+};
+
+template <int Terms>
+struct Operand {
+    Frag term[Terms];
+};
+
+// The row (0 or 1: l / 4 or l / 4 + 8) and column within a strip of accumulator element (n, e).
+__device__ __forceinline__ int acc_row(int lane, int half) { return lane / 4 + half * 8; }
+__device__ __forceinline__ int acc_col(int lane, int n) { return n * 8 + (lane % 4) * 2; }
+
+__device__ __forceinline__ void zero(Acc& acc) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc.c[n][e] = 0.f;
+}
+
+// Panels are [row][64] with the eight 16-byte pieces of a row exchanged by row % 8 (the 128-byte swizzle), which keeps
+// every 8x8 matrix free of bank conflicts in both orientations.
+__device__ __forceinline__ int panel_offset(int row, int col) { return row * kChunk + ((col ^ ((row & 7) << 3))); }
+
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+    const __half2 h = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(h);
+}
+
+__device__ __forceinline__ float2 unpack(uint32_t u) { return __half22float2(reinterpret_cast<const __half2&>(u)); }
+
+// hi + lo = (a, b) to 22 bits.
+__device__ __forceinline__ void split(float a, float b, uint32_t& hi, uint32_t& lo) {
+    hi = pack(a, b);
+    const float2 h = unpack(hi);
+    lo = pack(a - h.x, b - h.y);
+}
+
+// A = rows row0 .. row0+15 of a panel.
+__device__ __forceinline__ void load_frag(Frag& a, const __half* panel, int row0, int lane) {
+    const int row = row0 + (lane & 15), piece = lane >> 4;
+    const uint32_t base = ptx::shared_address(panel) + row * 128;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) ptx::ldmatrix_x4(a.r[k], base + (((k * 2 + piece) ^ (row & 7)) << 4));
+}
+
+// A = columns col0 .. col0+15 of a panel, transposed.
+__device__ __forceinline__ void load_frag_t(Frag& a, const __half* panel, int col0, int lane) {
+    const int row = (lane >> 4) * 8 + (lane & 7), piece = col0 / 8 + ((lane >> 3) & 1);
+    const uint32_t base = ptx::shared_address(panel) + row * 128 + ((piece ^ (row & 7)) << 4);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) ptx::ldmatrix_x4_trans(a.r[k], base + k * 16 * 128);
+}
+
+// The panels of an operand lie behind one another: hi, then lo.
+template <int Terms>
+__device__ __forceinline__ void load_operand(Operand<Terms>& a, const __half* panel, int row0, int lane) {
+#pragma unroll
+    for (int t = 0; t < Terms; ++t) load_frag(a.term[t], panel + t * kPanel, row0, lane);
+}
+
+template <int Terms>
+__device__ __forceinline__ void load_operand_t(Operand<Terms>& a, const __half* panel, int col0, int lane) {
+#pragma unroll
+    for (int t = 0; t < Terms; ++t) load_frag_t(a.term[t], panel + t * kPanel, col0, lane);
+}
+
+// One step of 16 along the contraction of c[16 x 8 Tiles] += A[16 x 64] B, B (part of) a panel stored
+// [contraction][column].
+template <int Tiles>
+__device__ __forceinline__ void mma_AB_step(float (&c)[Tiles][4], const uint32_t (&a)[4], const __half* b, int k, int lane) {
+    const int row = lane & 15, piece = lane >> 4;
+    const uint32_t base = ptx::shared_address(b) + (k * 16 + row) * 128;
+#pragma unroll
+    for (int n = 0; n < Tiles / 2; ++n) {
+        uint32_t r[4];
+        ptx::ldmatrix_x4_trans(r, base + (((n * 2 + piece) ^ (row & 7)) << 4));
+        ptx::mma_m16n8k16(c[n * 2], a, r[0], r[1]);
+        ptx::mma_m16n8k16(c[n * 2 + 1], a, r[2], r[3]);
+    }
+}
+
+// The same for acc += A B', B a panel stored [column][contraction].
+template <int Tiles>
+__device__ __forceinline__ void mma_ABt_step(float (&c)[Tiles][4], const uint32_t (&a)[4], const __half* b, int k, int lane) {
+    const int row = (lane >> 4) * 8 + (lane & 7), piece = (lane >> 3) & 1;
+    const uint32_t base = ptx::shared_address(b) + row * 128 + (((k * 2 + piece) ^ (row & 7)) << 4);
+#pragma unroll
+    for (int n = 0; n < Tiles / 2; ++n) {
+        uint32_t r[4];
+        ptx::ldmatrix_x4(r, base + n * 16 * 128);
+        ptx::mma_m16n8k16(c[n * 2], a, r[0], r[1]);
+        ptx::mma_m16n8k16(c[n * 2 + 1], a, r[2], r[3]);
+    }
+}
+
+// acc += A B and acc += A B' with operands of one or two terms; lo * lo is below the last bit.
+template <int BTerms, int ATerms>
+__device__ __forceinline__ void mma_AB(Acc& acc, const Operand<ATerms>& a, const __half* b, int lane) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        mma_AB_step(acc.c, a.term[0].r[k], b, k, lane);
+        if constexpr (BTerms == 2) mma_AB_step(acc.c, a.term[0].r[k], b + kPanel, k, lane);
+        if constexpr (ATerms == 2) mma_AB_step(acc.c, a.term[1].r[k], b, k, lane);
+    }
+}
+
+template <int BTerms, int ATerms>
+__device__ __forceinline__ void mma_ABt(Acc& acc, const Operand<ATerms>& a, const __half* b, int lane) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        mma_ABt_step(acc.c, a.term[0].r[k], b, k, lane);
+        if constexpr (BTerms == 2) mma_ABt_step(acc.c, a.term[0].r[k], b + kPanel, k, lane);
+        if constexpr (ATerms == 2) mma_ABt_step(acc.c, a.term[1].r[k], b, k, lane);
+    }
+}
+
+// Two neighbouring 8-column tiles of accumulators are one 16-wide step of an A operand.
+template <int Terms>
+__device__ __forceinline__ void acc_step_operand(uint32_t (&hi)[4], uint32_t (&lo)[4], const float (&left)[4], const float (&right)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if constexpr (Terms == 2) {
+            split(left[half * 2], left[half * 2 + 1], hi[half], lo[half]);
+            split(right[half * 2], right[half * 2 + 1], hi[2 + half], lo[2 + half]);
+        } else {
+            hi[half] = pack(left[half * 2], left[half * 2 + 1]);
+            hi[2 + half] = pack(right[half * 2], right[half * 2 + 1]);
+        }
+    }
+}
+
+// out[i] += A B_i with A = accumulators of an earlier product, rounded to ATerms terms piece by piece (whole, they
+// would take 16 registers a term). B_i are panels of BTerms terms behind one another.
+template <int BTerms, int ATerms, int Panels>
+__device__ __forceinline__ void mma_acc_AB(Acc (&out)[Panels], const Acc& a, const __half* b, int lane) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        uint32_t hi[4], lo[4];
+        acc_step_operand<ATerms>(hi, lo, a.c[k * 2], a.c[k * 2 + 1]);
+#pragma unroll
+        for (int i = 0; i < Panels; ++i) {
+            const __half* panel = b + i * BTerms * kPanel;
+            mma_AB_step(out[i].c, hi, panel, k, lane);
+            if constexpr (BTerms == 2) mma_AB_step(out[i].c, hi, panel + kPanel, k, lane);
+            if constexpr (ATerms == 2) mma_AB_step(out[i].c, lo, panel, k, lane);
+        }
+    }
+}
+
+// Sum and maximum over the four lanes that share a row.
+__device__ __forceinline__ float quad_sum(float v) {
+    v += __shfl_xor_sync(0xffffffffu, v, 1);
+    return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+__device__ __forceinline__ float quad_max(float v) {
+    v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+    return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+
+// The two rows of a lane share their scalars with the other lanes of the quad; to save registers lane l keeps those of
+// row l % 2 only. own_sum: the quad's sum of that row; of_row: either row's scalar.
+__device__ __forceinline__ float own_sum(const float (&v)[2], int lane) {
+    const float sum = (lane & 1 ? v[1] : v[0]) + __shfl_xor_sync(0xffffffffu, lane & 1 ? v[0] : v[1], 1);
+    return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+}
+
+__device__ __forceinline__ float of_row(float own, int half, int lane) {
+    return __shfl_sync(0xffffffffu, own, (lane & ~1) | half);
+}
+
+// 2^e for e in [-126, 127].
+__device__ __forceinline__ float pow2(int e) { return __int_as_float((e + 127) << 23); }
+
+__device__ __forceinline__ float pow2_inverse(float p) { return __int_as_float(0x7f000000 - __float_as_int(p)); }
+
+// The power of two that brings a largest magnitude `amax` into [2^target, 2^(target + 1)), and its inverse. Powers of
+// two leave every bit of what they scale, so that no result depends on the choice. Zero keeps scale 1.
+struct Pow2Scale {
+    float up, down;
+};
+__device__ __forceinline__ Pow2Scale scale_to(float amax, int target) {
+    const int exponent = static_cast<int>((__float_as_uint(amax) >> 23) & 0xff) - 127;
+    int e = target - exponent;
+    if (amax == 0.f) e = 0;
+    e = min(max(e, -126), 126);
+    return {pow2(e), pow2(-e)};
+}
+
+// Scales the two rows of a strip by powers of two to fit fp16 and returns the inverse factors.
+__device__ __forceinline__ void normalise_rows(Acc& acc, float (&down)[2], int target) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float amax = 0.f;
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+            amax = fmaxf(amax, fmaxf(fabsf(acc.c[n][half * 2]), fabsf(acc.c[n][half * 2 + 1])));
+        const Pow2Scale s = scale_to(quad_max(amax), target);
+        down[half] = s.down;
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+            acc.c[n][half * 2] *= s.up;
+            acc.c[n][half * 2 + 1] *= s.up;
+        }
+    }
+}
+
+}  // namespace mesa

@@ -1,0 +1,209 @@
+// The operators on CUDA tensors: allocation and the order of the kernels. All memory is torch's, all work goes to the
+// current stream, nothing waits for the device.
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "checks.h"
+#include "mesa.h"
+
+namespace mesa {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType dtype_of(const Tensor& t) {
+    switch (t.scalar_type()) {
+        case at::kHalf: return DType::f16;
+        case at::kBFloat16: return DType::bf16;
+        default: return DType::f32;
+    }
+}
+
+// The kernels take any strides but ask for the elements of a row side by side.
+Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
+
+// t [B, T, heads, width], seen by a kernel that works on `heads` heads.
+Rows rows_of(const Tensor& t, int64_t heads) {
+    const int64_t size = t.element_size();
+    bool aligned = t.size(3) % 8 == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+    for (int d = 0; d < 3; ++d) aligned = aligned && t.stride(d) * size % 16 == 0;
+    return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), dtype_of(t), static_cast<int>(t.size(3)),
+            static_cast<int>(heads / t.size(2)), aligned};
+}
+
+const float* floats(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
+
+void check_device_fits(const ProblemSize& p) {
+    constexpr size_t kNeeded = 132 << 10;  // of the largest kernel
+    const auto& device = *at::cuda::getCurrentDeviceProperties();
+    TORCH_CHECK(device.major >= 8, "mesa_ext needs compute capability 8.0 or newer, got ", device.name, " with ", device.major,
+                ".", device.minor);
+    TORCH_CHECK((p.K <= kChunk && p.V <= kChunk) || device.sharedMemPerBlockOptin >= kNeeded, "key and value widths above ", kChunk,
+                " need ", kNeeded >> 10, " KB of shared memory per block, ", device.name, " has ", device.sharedMemPerBlockOptin >> 10,
+                " KB; got widths ", p.K, " and ", p.V);
+}
+
+// What the kernels of a chunked call have in common, with the tensors that they point into.
+struct Call {
+    ProblemSize size;
+    Problem problem;
+    Tensor k, v, g, beta, lamb, cu_seqlens;
+    OptionalTensor h_kk, h_kv;
+    cudaStream_t stream;
+
+    Call(const ProblemSize& p, const Tensor& k_, const Tensor& v_, const Tensor& g_, const Tensor& beta_, const Tensor& lamb_,
+         const OptionalTensor& h_kk_, const OptionalTensor& h_kv_, const OptionalTensor& cu_seqlens_)
+        : size(p), k(with_dense_rows(k_)), v(with_dense_rows(v_)), g(g_.contiguous()), beta(beta_.contiguous()),
+          lamb(lamb_.contiguous()), h_kk(contiguous(h_kk_)), h_kv(contiguous(h_kv_)), stream(at::cuda::getCurrentCUDAStream()) {
+        check_device_fits(p);
+        if (p.K % kChunk) lamb = at::constant_pad_nd(lamb, {0, kChunk - p.K % kChunk}, 1);
+        if (cu_seqlens_) cu_seqlens = cu_seqlens_->contiguous();
+        problem = {p.T, static_cast<int>(p.N), cu_seqlens_ ? cu_seqlens.const_data_ptr<int64_t>() : nullptr, static_cast<int>(p.K),
+                   static_cast<int>(p.V)};
+    }
+
+    Gates gates(int64_t heads) const {
+        return {g.const_data_ptr<float>(), beta.const_data_ptr<float>(), static_cast<int>(size.HS), static_cast<int>(heads / size.HS)};
+    }
+    at::TensorOptions float_options() const { return g.options(); }
+};
+
+// Memory for the states of every chunk.
+struct States {
+    Tensor panels, scales;
+    int64_t heads;
+
+    States(const Call& call, int64_t heads_)
+        : panels(at::empty({call.problem.slots() * heads_ * split_state_panels(call.problem) * kPanel}, call.float_options().dtype(at::kHalf))),
+          scales(at::empty({call.problem.slots() * heads_ * (tiles(call.problem.V) + tiles(call.problem.K))}, call.float_options())),
+          heads(heads_) {}
+
+    SplitStates view(int64_t kernel_heads) const {
+        return {static_cast<__half*>(panels.data_ptr()), scales.data_ptr<float>(), static_cast<int>(heads), static_cast<int>(kernel_heads / heads)};
+    }
+};
+
+void forward_states(const Call& c, const States& states, float* end_kk, float* end_kv) {
+    const int64_t heads = c.size.HS;
+    C10_CUDA_CHECK(launch_chunk_states({c.problem, rows_of(c.k, heads), {rows_of(c.v, heads), rows_of(c.k, heads)}, c.gates(heads),
+                                        floats(c.h_kv), floats(c.h_kk), end_kv, end_kk, states.view(heads), static_cast<int>(heads), 1,
+                                        false},
+                                       c.stream));
+}
+
+void solve(const Call& c, const States& states, const Tensor& rhs, const Tensor& x, int* steps, float* bound, int64_t max_iterations,
+           double tolerance) {
+    const int64_t heads = c.size.HO;
+    C10_CUDA_CHECK(launch_solve({c.problem, rows_of(rhs, heads), rows_of(c.k, heads), c.gates(heads), c.lamb.const_data_ptr<float>(),
+                                 states.view(heads), x.data_ptr<float>(), steps, bound, static_cast<int>(heads),
+                                 static_cast<int>(max_iterations), static_cast<float>(tolerance)},
+                                c.stream));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
+    const Tensor& q_, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
+    const OptionalTensor& h_kk, const OptionalTensor& h_kv, const OptionalTensor& cu_seqlens, int64_t max_cg_iterations, double cg_tol) {
+    const ProblemSize p = check_chunk_inputs(q_, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
+    const c10::cuda::CUDAGuard guard(q_.device());
+    const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
+    const Tensor q = with_dense_rows(q_);
+    const auto f32 = c.float_options();
+    Tensor o = at::empty({p.B, p.T, p.HO, p.V}, q.options());
+    Tensor x = at::empty({p.B, p.T, p.HO, p.K}, f32);
+    Tensor end_kk = at::empty({p.N, p.HS, p.K, p.K}, f32), end_kv = at::empty({p.N, p.HS, p.K, p.V}, f32);
+    Tensor steps = at::empty({p.B, p.T, p.HO}, f32.dtype(at::kInt)), bound = at::empty({p.B, p.T, p.HO}, f32);
+
+    const States states(c, p.HS);
+    forward_states(c, states, end_kk.data_ptr<float>(), end_kv.data_ptr<float>());
+    solve(c, states, q, x, steps.data_ptr<int>(), bound.data_ptr<float>(), max_cg_iterations, cg_tol);
+    C10_CUDA_CHECK(launch_readout({c.problem, rows_of(x, p.HO), rows_of(c.k, p.HO), rows_of(c.v, p.HO), c.gates(p.HO), states.view(p.HO),
+                                   rows_of(o, p.HO), static_cast<int>(p.HO), false},
+                                  c.stream));
+    return {o, x, end_kk, end_kv, steps, bound};
+}
+
+// Sums neighbouring heads of t [.., heads, ..] (dimension `dim`) down to `heads`, in the dtype asked for.
+Tensor sum_groups(const Tensor& t, int64_t dim, int64_t heads, at::ScalarType dtype) {
+    if (t.size(dim) == heads) return t.to(dtype);
+    return t.unflatten(dim, {heads, t.size(dim) / heads}).sum(dim + 1).to(dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_backward(
+    const Tensor& grad_o, const OptionalTensor& dh_kk_final, const OptionalTensor& dh_kv_final, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb, const OptionalTensor& h_kk, const OptionalTensor& h_kv,
+    const OptionalTensor& cu_seqlens, const Tensor& x_, int64_t max_cg_iterations, double cg_tol) {
+    const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
+    check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x_);
+    const c10::cuda::CUDAGuard guard(q.device());
+    const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
+    const Tensor d_o = with_dense_rows(grad_o), x = x_.contiguous();
+    const OptionalTensor start_kk = contiguous(dh_kk_final), start_kv = contiguous(dh_kv_final);
+    const auto f32 = c.float_options();
+    const int heads = static_cast<int>(p.HO);
+
+    const States states(c, p.HS), adjoints(c, p.HO);
+    forward_states(c, states, nullptr, nullptr);
+
+    // w = (H + Lambda)^-1 G do, solved in the place of its right-hand side.
+    const Tensor w = at::empty({p.B, p.T, p.HO, p.K}, f32);
+    C10_CUDA_CHECK(launch_readout({c.problem, rows_of(d_o, heads), rows_of(c.v, heads), rows_of(c.k, heads), c.gates(heads),
+                                   states.view(heads), rows_of(w, heads), heads, true},
+                                  c.stream));
+    solve(c, states, w, w, nullptr, nullptr, max_cg_iterations, cg_tol);
+
+    const Tensor end_kk = at::empty({p.N, p.HO, p.K, p.K}, f32), end_kv = at::empty({p.N, p.HO, p.K, p.V}, f32);
+    C10_CUDA_CHECK(launch_chunk_states({c.problem, rows_of(x, heads), {rows_of(d_o, heads), rows_of(w, heads)}, c.gates(heads),
+                                        floats(start_kv), floats(start_kk), end_kv.data_ptr<float>(), end_kk.data_ptr<float>(),
+                                        adjoints.view(heads), heads, static_cast<int>(p.outputs_per_state()), true},
+                                       c.stream));
+
+    // Grouped heads: every output head makes its own gradients, in float32, which are then added up.
+    const auto own = [&](int64_t group_heads) { return p.HO == group_heads ? q.options() : f32; };
+    const Tensor dk = at::empty({p.B, p.T, p.HO, p.K}, own(p.HK)), dv = at::empty({p.B, p.T, p.HO, p.V}, own(p.HS));
+    const Tensor dg = at::empty({p.B, p.T, p.HO}, f32), dbeta = at::empty({p.B, p.T, p.HO}, f32);
+    const Tensor dlamb = at::zeros({c.problem.slots(), p.HO, p.K}, f32);  // packed sequences leave some slots unused
+    C10_CUDA_CHECK(launch_grad({c.problem, rows_of(x, heads), rows_of(w, heads), rows_of(d_o, heads), rows_of(c.k, heads),
+                                rows_of(c.v, heads), c.gates(heads), states.view(heads), adjoints.view(heads), rows_of(dk, heads),
+                                rows_of(dv, heads), dg.data_ptr<float>(), dbeta.data_ptr<float>(), dlamb.data_ptr<float>(), heads},
+                               c.stream));
+
+    return {sum_groups(w, 2, p.HQ, p.dtype),        sum_groups(dk, 2, p.HK, p.dtype),
+            sum_groups(dv, 2, p.HS, p.dtype),       sum_groups(dg, 2, p.HS, at::kFloat),
+            sum_groups(dbeta, 2, p.HS, at::kFloat), sum_groups(dlamb.sum(0), 0, p.HS, at::kFloat),
+            sum_groups(end_kk, 1, p.HS, at::kFloat), sum_groups(end_kv, 1, p.HS, at::kFloat)};
+}
+
+Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
+                   const Tensor& h_kk, const Tensor& h_kv, const OptionalTensor& state_indices, int64_t max_cg_iterations, double cg_tol) {
+    const ProblemSize p = check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol);
+    const c10::cuda::CUDAGuard guard(q.device());
+    check_device_fits(p);
+    Tensor o = at::empty({p.B, p.HO, p.V}, q.options());
+    const auto token = [&](const Tensor& t) { return with_dense_rows(t).unsqueeze(1); };
+    const Tensor q1 = token(q), k1 = token(k), v1 = token(v), g1 = g.contiguous(), beta1 = beta.contiguous(), lamb1 = lamb.contiguous();
+    const OptionalTensor indices = contiguous(state_indices);
+    C10_CUDA_CHECK(launch_decode({rows_of(q1, p.HO), rows_of(k1, p.HS), rows_of(v1, p.HS), rows_of(o.unsqueeze(1), p.HO),
+                                  g1.const_data_ptr<float>(), beta1.const_data_ptr<float>(), lamb1.const_data_ptr<float>(),
+                                  h_kk.data_ptr<float>(), h_kv.data_ptr<float>(), indices ? indices->const_data_ptr<int64_t>() : nullptr,
+                                  p.N, static_cast<int>(p.B), static_cast<int>(p.HS), static_cast<int>(p.HO), static_cast<int>(p.K),
+                                  static_cast<int>(p.V), static_cast<int>(max_cg_iterations), static_cast<float>(cg_tol)},
+                                 at::cuda::getCurrentCUDAStream()));
+    return o;
+}
+
+}  // namespace
+}  // namespace mesa
+
+TORCH_LIBRARY_IMPL(mesa_ext, CUDA, m) {
+    m.impl("chunk_forward", mesa::chunk_forward);
+    m.impl("chunk_backward", mesa::chunk_backward);
+    m.impl("decode_step", mesa::decode_step);
+}

@@ -1,0 +1,146 @@
+// The CUDA kernels' interface: plain pointers, sizes, strides and a stream; no torch.
+//
+// Names follow DESIGN: per head a state S = [G | H] is a linear-attention state with keys k and values [v | k]; the
+// adjoint of it is one with keys x and values [do | -w]. Work is cut into chunks of 64 tokens, numbered by "slots"
+// (see Problem). Sizes: B batch, N sequences, T tokens, K key width, V value width; HQ, HK heads of q and k, HS heads
+// of the state (v, g, beta, lamb), HO = max(HQ, HS) output heads.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+namespace mesa {
+
+constexpr int kChunk = 64;               // tokens of a chunk, and width and height of a panel
+constexpr int kPanel = kChunk * kChunk;  // elements of a panel
+constexpr int kMaxWidth = 128;           // of K and V
+
+enum class DType : int { f16, bf16, f32 };
+
+// A [B, T, H, width] tensor whose last dimension is contiguous; strides in elements. A kernel's head h reads head
+// h / group, so that grouped heads need no copies.
+struct Rows {
+    void* data;
+    int64_t batch_stride, token_stride, head_stride;
+    DType dtype;
+    int width;
+    int group;
+    bool aligned;  // every row starts at a multiple of 16 bytes and holds a multiple of 8 elements
+};
+
+// Where the sequences lie. A chunk slot is a place for one chunk's state; sequence n owns the slots from first_slot(n)
+// on. Packed sequences start at cu_seqlens[n] / 64 + n: never too close together, and known without a host sync.
+struct Problem {
+    int64_t T;
+    int N;
+    const int64_t* cu_seqlens;  // [N + 1] on the device, or null: N sequences of T tokens, one per batch row
+    int K, V;
+
+    int64_t slots() const { return cu_seqlens ? T / kChunk + N : N * ((T + kChunk - 1) / kChunk); }
+};
+
+struct Gates {
+    const float* g;     // [B, T, heads / group] natural logarithm of the decay
+    const float* beta;  // [B, T, heads / group]
+    int heads;          // heads / group
+    int group;
+};
+
+// States before each chunk (or adjoints after it) as 64 x 64 panels of fp16 pairs hi + lo, swizzled as in shared
+// memory: panels [slot, head, column tile, row tile, hi/lo, 64, 64], scales [slot, head, column tile].
+// Column tiles are those of G (V wide) followed by those of H (K wide). value = scale * (hi + lo).
+struct SplitStates {
+    __half* panels;
+    float* scales;
+    int heads;  // of the arrays
+    int group;  // a kernel's head h uses head h / group
+};
+
+inline int tiles(int width) { return (width + kChunk - 1) / kChunk; }
+inline int64_t split_state_panels(const Problem& p) {  // panels of one slot and head
+    return int64_t(tiles(p.V) + tiles(p.K)) * tiles(p.K) * 2;
+}
+
+// S <- decay S + sum_j w_j keys_j values_j', chunk by chunk, forwards from the initial state or (reverse) backwards
+// from the gradient of the final state. The state that a chunk meets is stored in `states`.
+struct StateArgs {
+    Problem problem;
+    Rows keys;       // k, or x (reverse)
+    Rows values[2];  // v and k, or do and w (reverse; w enters negated)
+    Gates gates;
+    const float* start_kv;  // [N, heads / start_group, K, V] or null
+    const float* start_kk;  // [N, heads / start_group, K, K] or null; transposed when reverse
+    float* end_kv;          // [N, heads, K, V] or null
+    float* end_kk;          // [N, heads, K, K] or null; transposed when reverse
+    SplitStates states;
+    int heads;
+    int start_group;  // only heads with h % start_group == 0 take the start
+    bool reverse;
+};
+cudaError_t launch_chunk_states(const StateArgs&, cudaStream_t);
+
+// x_t = (H_t + diag(lamb))^-1 rhs_t by conjugate gradient.
+struct SolveArgs {
+    Problem problem;
+    Rows rhs;  // q, or dx
+    Rows keys;
+    Gates gates;
+    const float* lamb;  // [heads of the state, K padded to a multiple of 64 (with ones)]
+    SplitStates states;
+    float* x;      // [B, T, heads, K]; may be rhs itself
+    int* steps;    // [B, T, heads] or null
+    float* bound;  // [B, T, heads] or null
+    int heads;
+    int max_iterations;
+    float tolerance;
+};
+cudaError_t launch_solve(const SolveArgs&, cudaStream_t);
+
+// out_t = G_t' queries_t, or with `transposed` out_t = G_t queries_t: keys and values then swap their roles.
+struct ReadoutArgs {
+    Problem problem;
+    Rows queries;  // x, or do (transposed)
+    Rows keys;     // k, or v (transposed)
+    Rows values;   // v, or k (transposed)
+    Gates gates;
+    SplitStates states;
+    Rows out;
+    int heads;
+    bool transposed;
+};
+cudaError_t launch_readout(const ReadoutArgs&, cudaStream_t);
+
+// Gradients of the linear attention with queries x, keys k, values [v | k] and output gradients [do | -w].
+struct GradArgs {
+    Problem problem;
+    Rows x, w, d_o, k, v;
+    Gates gates;
+    SplitStates states;    // before each chunk
+    SplitStates adjoints;  // after each chunk
+    Rows dk, dv;           // heads as the kernel's
+    float* dg;             // [B, T, heads]
+    float* dbeta;          // [B, T, heads]
+    float* dlamb;          // [slots, heads, K], one addend per chunk
+    int heads;
+};
+cudaError_t launch_grad(const GradArgs&, cudaStream_t);
+
+// One token for every sequence; states in float32, updated in place.
+struct DecodeArgs {
+    Rows q, k, v, out;  // [B, 1, heads, width]
+    const float* g;     // [B, HS]
+    const float* beta;  // [B, HS]
+    const float* lamb;  // [HS, K]
+    float* h_kk;        // [pool, HS, K, K]
+    float* h_kv;        // [pool, HS, K, V]
+    const int64_t* state_indices;  // [B] or null
+    int64_t pool;
+    int B, HS, HO, K, V;
+    int max_iterations;
+    float tolerance;
+};
+cudaError_t launch_decode(const DecodeArgs&, cudaStream_t);
+
+}  // namespace mesa

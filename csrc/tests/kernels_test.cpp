@@ -1,0 +1,480 @@
+// The CUDA kernels without torch: every launcher against a plain float64 computation, and with --bench their times.
+//
+//     mesa_kernels_test                            exit status 0: right, 1: wrong, 77: no CUDA device
+//     mesa_kernels_test --bench [B T H K V [n]]    median of n runs in milliseconds (default 8 2048 16 128 128, 20)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "mesa.h"
+
+namespace {
+
+using namespace mesa;
+using Vec = std::vector<double>;
+
+void check(cudaError_t status, const char* what) {
+    if (status == cudaSuccess) return;
+    std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
+    std::exit(1);
+}
+
+// ---- device arrays ------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Array {
+    T* data = nullptr;
+    size_t count;
+
+    // Filled with NaN patterns (all bits set): what a kernel forgets to write shows.
+    explicit Array(size_t n) : count(n) {
+        check(cudaMalloc(reinterpret_cast<void**>(&data), std::max<size_t>(n, 1) * sizeof(T)), "cudaMalloc");
+        check(cudaMemset(data, 0xff, n * sizeof(T)), "cudaMemset");
+    }
+    explicit Array(const std::vector<T>& host) : Array(host.size()) {
+        check(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice), "copy to the device");
+    }
+    Array(const Array&) = delete;
+    ~Array() { cudaFree(data); }
+
+    std::vector<T> host() const {
+        std::vector<T> h(count);
+        check(cudaMemcpy(h.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost), "copy to the host");
+        return h;
+    }
+    Vec doubles() const {
+        const std::vector<T> h = host();
+        return Vec(h.begin(), h.end());
+    }
+};
+
+Array<float> floats(const Vec& v) { return Array<float>(std::vector<float>(v.begin(), v.end())); }
+
+// [B, T, heads, width] in some dtype; `values` become what the dtype can hold.
+struct Matrix {
+    Array<uint8_t> bytes;
+    Rows rows;
+
+    Matrix(Vec& values, DType dtype, int64_t T, int heads, int width)
+        : bytes(encode(values, dtype)),
+          rows{bytes.data, T * heads * width, int64_t(heads) * width, width, dtype, width, 1, width % 8 == 0} {}
+
+    static std::vector<uint8_t> encode(Vec& values, DType dtype) {
+        const size_t size = dtype == DType::f32 ? 4 : 2;
+        std::vector<uint8_t> out(values.size() * size);
+        for (size_t i = 0; i < values.size(); ++i) {
+            const float f = static_cast<float>(values[i]);
+            const __half h = __float2half(f);
+            const __nv_bfloat16 b = __float2bfloat16(f);
+            values[i] = dtype == DType::f32 ? f : dtype == DType::f16 ? __half2float(h) : __bfloat162float(b);
+            const void* from = dtype == DType::f32 ? static_cast<const void*>(&f)
+                               : dtype == DType::f16 ? static_cast<const void*>(&h) : static_cast<const void*>(&b);
+            std::memcpy(&out[i * size], from, size);
+        }
+        return out;
+    }
+};
+
+Rows float_rows(const Array<float>& a, int64_t T, int heads, int width) {
+    return {a.data, T * heads * width, int64_t(heads) * width, width, DType::f32, width, 1, width % 8 == 0};
+}
+
+// ---- inputs -------------------------------------------------------------------------------------------------------
+
+struct Inputs {
+    int B, H, K, V;
+    int64_t T;
+    std::vector<int64_t> bounds;  // of packed sequences; empty: B sequences of T tokens
+    DType dtype;
+    Vec q, k, v, d_o, g, beta, lamb, h_kk, h_kv;
+
+    int sequences() const { return bounds.empty() ? B : static_cast<int>(bounds.size()) - 1; }
+
+    Inputs(int B, int64_t T, int H, int K, int V, DType dtype, std::vector<int64_t> bounds = {}, bool with_start = true)
+        : B(B), H(H), K(K), V(V), T(T), bounds(std::move(bounds)), dtype(dtype) {
+        std::mt19937_64 random(7);
+        std::normal_distribution<double> normal;
+        std::uniform_real_distribution<double> uniform;
+        const auto draw = [&](int64_t n, auto&& f) {
+            Vec out(n);
+            for (double& x : out) x = f();
+            return out;
+        };
+        const int64_t tokens = int64_t(B) * T * H;
+        const double unit = 1 / std::sqrt(K);
+        q = draw(tokens * K, [&] { return normal(random) * unit; });
+        k = draw(tokens * K, [&] { return normal(random) * unit; });
+        v = draw(tokens * V, [&] { return normal(random); });
+        d_o = draw(tokens * V, [&] { return normal(random); });
+        g = draw(tokens, [&] { return std::log(0.9 + 0.1 * uniform(random)); });
+        beta = draw(tokens, [&] { return uniform(random); });
+        lamb = draw(int64_t(H) * K, [&] { return 0.25 + uniform(random); });
+        for (Vec* x : {&g, &beta, &lamb}) round_to_float(*x);
+        if (!with_start) return;
+        const int64_t states = int64_t(sequences()) * H;
+        h_kv = draw(states * K * V, [&] { return normal(random); });
+        h_kk.resize(states * K * K);
+        for (int64_t s = 0; s < states; ++s)
+            for (int rank = 0; rank < 4; ++rank) {
+                const Vec u = draw(K, [&] { return normal(random) * unit; });
+                for (int i = 0; i < K; ++i)
+                    for (int j = 0; j < K; ++j) h_kk[(s * K + i) * K + j] += u[i] * u[j];
+            }
+        for (Vec* x : {&h_kv, &h_kk}) round_to_float(*x);
+    }
+
+    static void round_to_float(Vec& v) {
+        for (double& x : v) x = static_cast<float>(x);
+    }
+};
+
+// ---- float64 reference: one token after the other, one Cholesky factorisation each -----------------------------------
+
+Vec cholesky(const double* h, const double* lamb, int K) {
+    Vec L(h, h + K * K);
+    for (int i = 0; i < K; ++i) L[i * K + i] += lamb[i];
+    for (int j = 0; j < K; ++j)
+        for (int i = j; i < K; ++i) {
+            double sum = L[i * K + j];
+            for (int m = 0; m < j; ++m) sum -= L[i * K + m] * L[j * K + m];
+            L[i * K + j] = i == j ? std::sqrt(sum) : sum / L[j * K + j];
+        }
+    return L;
+}
+
+void solve(const Vec& L, double* x, int K) {
+    for (int i = 0; i < K; ++i) {
+        for (int m = 0; m < i; ++m) x[i] -= L[i * K + m] * x[m];
+        x[i] /= L[i * K + i];
+    }
+    for (int i = K - 1; i >= 0; --i) {
+        for (int m = i + 1; m < K; ++m) x[i] -= L[m * K + i] * x[m];
+        x[i] /= L[i * K + i];
+    }
+}
+
+struct Results {
+    Vec o, x, dq, dk, dv, dg, dbeta, dlamb, h_kk, h_kv, dh_kk, dh_kv;
+};
+
+// S = [G | H], row-major [K][V + K].
+Results reference(const Inputs& in) {
+    const int K = in.K, V = in.V, W = V + K, H = in.H;
+    Results r;
+    r.o.resize(in.v.size()), r.dv.resize(in.v.size());
+    r.x.resize(in.q.size()), r.dq.resize(in.q.size()), r.dk.resize(in.q.size());
+    r.dg.resize(in.g.size()), r.dbeta.resize(in.g.size()), r.dlamb.resize(in.lamb.size());
+    r.h_kk = in.h_kk, r.h_kv = in.h_kv, r.dh_kk.resize(in.h_kk.size()), r.dh_kv.resize(in.h_kv.size());
+
+    for (int n = 0; n < in.sequences(); ++n)
+        for (int h = 0; h < H; ++h) {
+            const int64_t first = in.bounds.empty() ? n * in.T : in.bounds[n];
+            const int64_t length = in.bounds.empty() ? in.T : in.bounds[n + 1] - first;
+            double* const kk = &r.h_kk[(int64_t(n) * H + h) * K * K];
+            double* const kv = &r.h_kv[(int64_t(n) * H + h) * K * V];
+            const double* const lamb = &in.lamb[h * K];
+            const auto value = [&](int64_t at, int c) { return c < V ? in.v[at * V + c] : in.k[at * K + c - V]; };
+
+            std::vector<Vec> states{Vec(K * W)}, factors;
+            for (int i = 0; i < K; ++i)
+                for (int c = 0; c < W; ++c) states[0][i * W + c] = c < V ? kv[i * V + c] : kk[i * K + c - V];
+            for (int64_t t = 0; t < length; ++t) {
+                const int64_t at = (first + t) * H + h;
+                Vec S = states.back();
+                for (int i = 0; i < K; ++i)
+                    for (int c = 0; c < W; ++c)
+                        S[i * W + c] = std::exp(in.g[at]) * S[i * W + c] + in.beta[at] * in.k[at * K + i] * value(at, c);
+                for (int i = 0; i < K; ++i) std::copy_n(&S[i * W + V], K, &kk[i * K]), std::copy_n(&S[i * W], V, &kv[i * V]);
+                factors.push_back(cholesky(kk, lamb, K));
+                double* const x = &r.x[at * K];
+                std::copy_n(&in.q[at * K], K, x);
+                solve(factors.back(), x, K);
+                for (int i = 0; i < K; ++i)
+                    for (int c = 0; c < V; ++c) r.o[at * V + c] += S[i * W + c] * x[i];
+                states.push_back(std::move(S));
+            }
+
+            Vec dS(K * W);  // adjoint of the state, from token t + 1 on
+            for (int64_t t = length - 1; t >= 0; --t) {
+                const int64_t at = (first + t) * H + h;
+                const Vec &S = states[t + 1], &before = states[t];
+                const double *x = &r.x[at * K], *d_o = &in.d_o[at * V], *k = &in.k[at * K], beta = in.beta[at];
+                double* const w = &r.dq[at * K];
+                for (int i = 0; i < K; ++i)
+                    for (int c = 0; c < V; ++c) w[i] += S[i * W + c] * d_o[c];
+                solve(factors[t], w, K);
+                for (int i = 0; i < K; ++i) {
+                    r.dlamb[h * K + i] -= w[i] * x[i];
+                    for (int c = 0; c < W; ++c) {
+                        double& d = dS[i * W + c];
+                        d += x[i] * (c < V ? d_o[c] : -w[c - V]);
+                        r.dk[at * K + i] += beta * d * value(at, c);
+                        (c < V ? r.dv[at * V + c] : r.dk[at * K + c - V]) += beta * d * k[i];
+                        r.dbeta[at] += k[i] * d * value(at, c);
+                        r.dg[at] += std::exp(in.g[at]) * d * before[i * W + c];
+                        d *= std::exp(in.g[at]);
+                    }
+                }
+            }
+            for (int i = 0; i < K; ++i)
+                for (int c = 0; c < W; ++c) {
+                    const int64_t s = int64_t(n) * H + h;
+                    // Gradients of H are given for -w x', the transpose of the joint adjoint's -x w'.
+                    (c < V ? r.dh_kv[(s * K + i) * V + c] : r.dh_kk[(s * K + c - V) * K + i]) = dS[i * W + c];
+                }
+        }
+    return r;
+}
+
+// ---- the kernels ----------------------------------------------------------------------------------------------------
+
+// All device arrays of one forward and backward pass, and its launches.
+struct Pass {
+    Problem problem;
+    int H;
+    Array<int64_t> bounds;
+    Matrix q, k, v, d_o;
+    Array<float> g, beta, lamb, h_kk, h_kv;
+    Array<__half> state_panels, adjoint_panels;
+    Array<float> state_scales, adjoint_scales;
+    Array<float> x, o, dx, dq, dk, dv, dg, dbeta, dlamb, end_kk, end_kv, dh_kk, dh_kv, bound;
+    Array<int> steps;
+    bool with_start;
+    int max_iterations;
+    float tolerance;
+
+    // Rounds q, k, v and d_o of `in` to its dtype.
+    Pass(Inputs& in, int max_iterations, float tolerance)
+        : problem{in.T, in.sequences(), nullptr, in.K, in.V}, H(in.H), bounds(in.bounds), q(in.q, in.dtype, in.T, H, in.K),
+          k(in.k, in.dtype, in.T, H, in.K), v(in.v, in.dtype, in.T, H, in.V), d_o(in.d_o, in.dtype, in.T, H, in.V),
+          g(floats(in.g)), beta(floats(in.beta)), lamb(padded(in)), h_kk(floats(in.h_kk)), h_kv(floats(in.h_kv)),
+          state_panels(panels(in) * kPanel), adjoint_panels(panels(in) * kPanel), state_scales(scales(in)),
+          adjoint_scales(scales(in)), x(in.q.size()), o(in.v.size()), dx(in.q.size()), dq(in.q.size()), dk(in.q.size()),
+          dv(in.v.size()), dg(in.g.size()), dbeta(in.g.size()), dlamb(slots(in) * in.H * in.K),
+          end_kk(size_t(in.sequences()) * H * in.K * in.K), end_kv(size_t(in.sequences()) * H * in.K * in.V),
+          dh_kk(end_kk.count), dh_kv(end_kv.count), bound(in.g.size()), steps(in.g.size()), with_start(!in.h_kk.empty()),
+          max_iterations(max_iterations), tolerance(tolerance) {
+        if (bounds.count) problem.cu_seqlens = bounds.data;
+        check(cudaMemset(dlamb.data, 0, dlamb.count * sizeof(float)), "cudaMemset");  // slots may be unused
+    }
+
+    static Problem shape(const Inputs& in) {
+        return {in.T, in.sequences(), in.bounds.empty() ? nullptr : in.bounds.data(), in.K, in.V};
+    }
+    static size_t slots(const Inputs& in) { return shape(in).slots(); }
+    static size_t panels(const Inputs& in) { return slots(in) * in.H * split_state_panels(shape(in)); }
+    static size_t scales(const Inputs& in) { return slots(in) * in.H * (tiles(in.V) + tiles(in.K)); }
+    static Array<float> padded(const Inputs& in) {
+        const int width = tiles(in.K) * kChunk;
+        Vec out(size_t(in.H) * width, 1.0);
+        for (int h = 0; h < in.H; ++h) std::copy_n(&in.lamb[h * in.K], in.K, &out[h * width]);
+        return floats(out);
+    }
+
+    Gates gates() const { return {g.data, beta.data, H, 1}; }
+    Rows rows(const Array<float>& a, int width) const { return float_rows(a, problem.T, H, width); }
+    SplitStates states() const { return {state_panels.data, state_scales.data, H, 1}; }
+    SplitStates adjoints() const { return {adjoint_panels.data, adjoint_scales.data, H, 1}; }
+
+    void chunk_states() const {
+        check(launch_chunk_states({problem, k.rows, {v.rows, k.rows}, gates(), with_start ? h_kv.data : nullptr,
+                                   with_start ? h_kk.data : nullptr, end_kv.data, end_kk.data, states(), H, 1, false}, nullptr),
+              "chunk_states");
+    }
+    void solve(const Rows& rhs, const Array<float>& to) const {
+        check(launch_solve({problem, rhs, k.rows, gates(), lamb.data, states(), to.data, steps.data, bound.data, H,
+                            max_iterations, tolerance}, nullptr), "solve");
+    }
+    void solve_forward() const { solve(q.rows, x); }
+    void readout() const {
+        check(launch_readout({problem, rows(x, problem.K), k.rows, v.rows, gates(), states(), rows(o, problem.V), H, false},
+                             nullptr), "readout");
+    }
+    void readout_transposed() const {
+        check(launch_readout({problem, d_o.rows, v.rows, k.rows, gates(), states(), rows(dx, problem.K), H, true}, nullptr),
+              "transposed readout");
+    }
+    void solve_backward() const { solve(rows(dx, problem.K), dq); }
+    void adjoint_states() const {
+        check(launch_chunk_states({problem, rows(x, problem.K), {d_o.rows, rows(dq, problem.K)}, gates(), nullptr, nullptr,
+                                   dh_kv.data, dh_kk.data, adjoints(), H, 1, true}, nullptr), "adjoint states");
+    }
+    void gradients() const {
+        check(launch_grad({problem, rows(x, problem.K), rows(dq, problem.K), d_o.rows, k.rows, v.rows, gates(), states(),
+                           adjoints(), rows(dk, problem.K), rows(dv, problem.V), dg.data, dbeta.data, dlamb.data, H}, nullptr),
+              "grad");
+    }
+
+    struct Stage {
+        const char* name;
+        void (Pass::*launch)() const;
+    };
+    static constexpr Stage stages[] = {
+        {"chunk states", &Pass::chunk_states}, {"solve", &Pass::solve_forward}, {"read-out", &Pass::readout},
+        {"dx", &Pass::readout_transposed}, {"solve (backward)", &Pass::solve_backward},
+        {"adjoint states", &Pass::adjoint_states}, {"gradients", &Pass::gradients}};
+
+    Results run() const {
+        for (const Stage& stage : stages) (this->*stage.launch)();
+        check(cudaDeviceSynchronize(), "the kernels");
+        Vec dlamb_sum(size_t(H) * problem.K);
+        const Vec addends = dlamb.doubles();
+        for (size_t i = 0; i < addends.size(); ++i) dlamb_sum[i % dlamb_sum.size()] += addends[i];
+        return {o.doubles(), x.doubles(), dq.doubles(), dk.doubles(), dv.doubles(), dg.doubles(), dbeta.doubles(),
+                dlamb_sum, end_kk.doubles(), end_kv.doubles(), dh_kk.doubles(), dh_kv.doubles()};
+    }
+};
+
+// ---- tests ----------------------------------------------------------------------------------------------------------
+
+double relative_error(const Vec& actual, const Vec& expected) {
+    double error = 0, norm = 0;
+    for (size_t i = 0; i < expected.size(); ++i) {
+        error += (actual[i] - expected[i]) * (actual[i] - expected[i]);
+        norm += expected[i] * expected[i];
+    }
+    return actual.size() == expected.size() ? std::sqrt(error / norm) : INFINITY;
+}
+
+struct Comparison {
+    const char* name;
+    const Vec& actual;
+    const Vec& expected;
+};
+
+bool report(const std::string& title, std::initializer_list<Comparison> comparisons, double bar) {
+    bool ok = true;
+    std::printf("%-34s", title.c_str());
+    for (const Comparison& c : comparisons) {
+        const double error = relative_error(c.actual, c.expected);
+        std::printf(" %s %.0e%s", c.name, error, error <= bar ? "" : "(!)");
+        ok = ok && error <= bar;  // false for NaN
+    }
+    std::printf("  %s\n", ok ? "ok" : "WRONG");
+    return ok;
+}
+
+const char* name(DType d) { return d == DType::f16 ? "f16" : d == DType::bf16 ? "bf16" : "f32"; }
+
+bool test_chunks(int B, int64_t T, int H, int K, int V, DType dtype, std::vector<int64_t> bounds) {
+    Inputs in(B, T, H, K, V, dtype, std::move(bounds));
+    const Results actual = Pass(in, 50, 1e-5f).run();
+    const Results expected = reference(in);  // after Pass has rounded the inputs
+    const std::string title = std::string(name(dtype)) + " B=" + std::to_string(B) + " T=" + std::to_string(T) + " K=" +
+                              std::to_string(K) + " V=" + std::to_string(V) + (in.bounds.empty() ? "" : " packed");
+    return report(title, {{"o", actual.o, expected.o}, {"x", actual.x, expected.x}, {"h_kk", actual.h_kk, expected.h_kk},
+                          {"h_kv", actual.h_kv, expected.h_kv}, {"dq", actual.dq, expected.dq}, {"dk", actual.dk, expected.dk},
+                          {"dv", actual.dv, expected.dv}, {"dg", actual.dg, expected.dg}, {"dbeta", actual.dbeta, expected.dbeta},
+                          {"dlamb", actual.dlamb, expected.dlamb}, {"dh_kk", actual.dh_kk, expected.dh_kk},
+                          {"dh_kv", actual.dh_kv, expected.dh_kv}}, 1e-3);
+}
+
+// Decode takes sequences of one token: rows 2 and 0 of a pool of three; the middle one of three sequences is skipped.
+bool test_decode(int K, int V, DType dtype) {
+    const int H = 2, B = 3, pool = 3;
+    Inputs in(B, 1, H, K, V, dtype);
+    Matrix q(in.q, dtype, 1, H, K), k(in.k, dtype, 1, H, K), v(in.v, dtype, 1, H, V);
+    const std::vector<int64_t> indices = {2, -1, 0};
+    const Results expected = reference(in);
+
+    // The pool holds the start of sequence b at row indices[b], and of the skipped one at the row that is left, 1.
+    const auto pooled = [&](const Vec& states) {
+        Vec out(states.size());
+        const size_t row = states.size() / B;
+        for (int b = 0; b < B; ++b) std::copy_n(&states[b * row], row, &out[(indices[b] < 0 ? 1 : indices[b]) * row]);
+        return out;
+    };
+    const auto without_skipped = [&](Vec results, const Vec& skipped) {
+        const size_t row = results.size() / B;
+        std::copy_n(skipped.empty() ? Vec(row).data() : &skipped[row], row, &results[row]);
+        return results;
+    };
+    Array<float> g = floats(in.g), beta = floats(in.beta), lamb = floats(in.lamb), h_kk = floats(pooled(in.h_kk)),
+                 h_kv = floats(pooled(in.h_kv)), o(in.v.size());
+    Array<int64_t> state_indices(indices);
+    check(launch_decode({q.rows, k.rows, v.rows, float_rows(o, 1, H, V), g.data, beta.data, lamb.data, h_kk.data, h_kv.data,
+                         state_indices.data, pool, B, H, H, K, V, 50, 1e-5f}, nullptr), "decode");
+    check(cudaDeviceSynchronize(), "decode");
+    return report(std::string("decode ") + name(dtype) + " K=" + std::to_string(K) + " V=" + std::to_string(V),
+                  {{"o", o.doubles(), without_skipped(expected.o, {})},
+                   {"h_kk", h_kk.doubles(), pooled(without_skipped(expected.h_kk, in.h_kk))},
+                   {"h_kv", h_kv.doubles(), pooled(without_skipped(expected.h_kv, in.h_kv))}}, 1e-3);
+}
+
+bool test() {
+    bool ok = true;
+    for (DType dtype : {DType::f16, DType::bf16, DType::f32}) {
+        ok &= test_chunks(2, 150, 2, 128, 128, dtype, {});
+        ok &= test_chunks(1, 200, 2, 64, 96, dtype, {0, 70, 70, 200});
+        ok &= test_chunks(1, 100, 1, 37, 21, dtype, {});
+        ok &= test_decode(128, 128, dtype);
+        ok &= test_decode(37, 70, dtype);
+    }
+    std::printf(ok ? "all right\n" : "SOMETHING IS WRONG\n");
+    return ok;
+}
+
+// ---- times ----------------------------------------------------------------------------------------------------------
+
+float median_ms(int runs, const std::function<void()>& work) {
+    cudaEvent_t start, stop;
+    check(cudaEventCreate(&start), "cudaEventCreate");
+    check(cudaEventCreate(&stop), "cudaEventCreate");
+    std::vector<float> ms(runs);
+    for (int i = -2; i < runs; ++i) {  // two to warm up
+        check(cudaEventRecord(start, nullptr), "cudaEventRecord");
+        work();
+        check(cudaEventRecord(stop, nullptr), "cudaEventRecord");
+        check(cudaEventSynchronize(stop), "the kernels");
+        if (i >= 0) check(cudaEventElapsedTime(&ms[i], start, stop), "cudaEventElapsedTime");
+    }
+    cudaEventDestroy(start), cudaEventDestroy(stop);
+    std::sort(ms.begin(), ms.end());
+    return ms[runs / 2];
+}
+
+void bench(int B, int64_t T, int H, int K, int V, int runs) {
+    std::printf("B=%d T=%lld H=%d K=%d V=%d, f16, tolerance 1e-3, median of %d\n", B, static_cast<long long>(T), H, K, V, runs);
+    Inputs in(B, T, H, K, V, DType::f16, {}, false);
+    const Pass pass(in, 30, 1e-3f);
+    float total = 0;
+    for (const Pass::Stage& stage : Pass::stages) {
+        const float ms = median_ms(runs, [&] { (pass.*stage.launch)(); });
+        total += ms;
+        std::printf("%-18s %8.3f ms", stage.name, ms);
+        if (std::strstr(stage.name, "solve")) {
+            const Vec steps = pass.steps.doubles();
+            double sum = 0;
+            for (double s : steps) sum += s;
+            std::printf("   %.1f steps", sum / steps.size());
+        }
+        std::printf("\n");
+    }
+    std::printf("%-18s %8.3f ms\n", "sum", total);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+        std::printf("no CUDA device: nothing was run\n");
+        return 77;
+    }
+    if (argc > 1 && std::strcmp(argv[1], "--bench") == 0) {
+        const auto number = [&](int i, int otherwise) { return argc > i ? std::atoi(argv[i]) : otherwise; };
+        bench(number(2, 8), number(3, 2048), number(4, 16), number(5, 128), number(6, 128), number(7, 20));
+        return 0;
+    }
+    return test() ? 0 : 1;
+}

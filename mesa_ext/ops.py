@@ -1,0 +1,83 @@
+"""The operators ``torch.ops.mesa_ext.*``: loads the compiled library and gives them fake kernels and gradients.
+
+The schemas and kernels are C++ (``csrc/``); shapes below are those of the schemas, with HO = max(HQ, HS) output heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from mesa_ext import _C  # noqa: F401  importing it registers the operators
+except ImportError as error:
+    raise ImportError(
+        f"mesa_ext: the compiled library does not load ({error}); build it for this Python and torch {torch.__version__}"
+        " with `pip install --no-build-isolation .` in the source tree"
+    ) from error
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gates, states and solutions for q, k, v of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("mesa_ext::chunk_forward")
+def _chunk_forward_fake(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol):
+    batch, tokens, q_heads, K = q.shape
+    heads, V = v.shape[2:]
+    out_heads = max(q_heads, heads)
+    n = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (
+        q.new_empty(batch, tokens, out_heads, V),
+        g.new_empty(batch, tokens, out_heads, K),
+        g.new_empty(n, heads, K, K),
+        g.new_empty(n, heads, K, V),
+        g.new_empty(batch, tokens, out_heads, dtype=torch.int32),
+        g.new_empty(batch, tokens, out_heads),
+    )
+
+
+@torch.library.register_fake("mesa_ext::chunk_backward")
+def _chunk_backward_fake(
+    do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, max_cg_iterations, cg_tol
+):
+    K, (heads, V) = k.shape[3], v.shape[2:]
+    n = len(q) if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    same = [a.new_empty(a.shape) for a in (q, k, v, g, beta, lamb)]
+    return (*same, g.new_empty(n, heads, K, K), g.new_empty(n, heads, K, V))
+
+
+@torch.library.register_fake("mesa_ext::decode_step")
+def _decode_step_fake(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol):
+    return q.new_empty(q.shape[0], max(q.shape[1], v.shape[1]), v.shape[2])
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.max_cg_iterations, ctx.cg_tol = inputs
+    _, x, _, _, steps, bound = output
+    ctx.save_for_backward(*tensors, x)
+    ctx.mark_non_differentiable(x, steps, bound)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, _dx, dh_kk_final, dh_kv_final, _dsteps, _dbound):
+    q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x = ctx.saved_tensors
+    if do is None:  # only the final state was used
+        do = v.new_zeros(*x.shape[:3], v.shape[3])
+    *grads, dh_kk, dh_kv = torch.ops.mesa_ext.chunk_backward(
+        do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x,
+        ctx.max_cg_iterations, ctx.cg_tol,
+    )  # fmt: skip
+    return *grads, dh_kk if h_kk is not None else None, dh_kv if h_kv is not None else None, None, None, None
+
+
+torch.library.register_autograd("mesa_ext::chunk_forward", _backward, setup_context=_save_for_backward)
+
+
+def _refuse_second_derivative(ctx, *grads: Tensor):
+    raise RuntimeError("mesa_attention: second derivatives are not implemented (the gradient itself is not differentiable)")
+
+
+# Without this, differentiating a gradient would give zeros or a vague error instead of an answer.
+torch.library.register_autograd("mesa_ext::chunk_backward", _refuse_second_derivative)

@@ -1,0 +1,31 @@
+"""Runs every test that takes `device` on the CPU and, marked gpu, on CUDA; poisons memory that nobody has written yet."""
+
+import hypothesis
+import pytest
+import torch
+
+from mesa_ext import _C
+
+# torch.empty and at::empty hand out NaN (largest integers), so that an element left unwritten cannot pass for a result.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+hypothesis.settings.register_profile(
+    "mesa", deadline=None, max_examples=40, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("mesa")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
+    config.addinivalue_line("filterwarnings", "ignore:Deterministic behavior was enabled:UserWarning")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not (torch.cuda.is_available() and _C.build_info()["cuda"]):
+        pytest.skip("needs a CUDA device and a CUDA build of mesa_ext")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param

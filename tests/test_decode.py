@@ -1,0 +1,132 @@
+"""One token at a time: values, the state in place, and rows of a larger pool."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesa_ext import MesaState, mesa_decode_step
+from mesa_ext.reference import mesa_reference
+from tests.regimes import BARS, REGIMES, assert_close, draw, dtypes, solver_steps
+
+
+def step(inputs, state, **options):
+    """A decode step on the only token of each sequence."""
+    options = {"max_cg_iterations": solver_steps(inputs.q.dtype)} | options
+    return mesa_decode_step(*(a[:, 0] for a in inputs.tokens()), inputs.lamb, state, **options)
+
+
+def copy(state):
+    return MesaState(*(h.clone() for h in state))
+
+
+@given(data=st.data())
+def test_against_the_reference(device, data):
+    dtype = data.draw(st.sampled_from(dtypes(device)))
+    inputs = draw(
+        data.draw(st.sampled_from(list(REGIMES))),
+        device,
+        dtype,
+        seed=data.draw(st.integers(0, 2**31)),
+        B=data.draw(st.integers(1, 5)),
+        T=1,
+        heads=data.draw(st.sampled_from([(1, 1, 1), (3, 3, 3), (4, 1, 2), (1, 1, 3), (2, 4, 4)])),
+        K=data.draw(st.sampled_from([1, 3, 16, 33, 64, 127, 128])),
+        V=data.draw(st.sampled_from([1, 5, 16, 33, 64, 127, 128])),
+        context=data.draw(st.sampled_from([1, 100, 2000])),
+    )
+    state = copy(inputs.initial_state)
+    o = step(inputs, state)
+    expected, expected_state = inputs.map(torch.Tensor.double).call(mesa_reference)
+    assert_close(
+        {"o": o, **state._asdict()}, {"o": expected[:, 0], **expected_state._asdict()}, BARS[device, dtype].o
+    )
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("rows", [[5, 0, 3, 1], [2, -1, 6, -1], [-1, -1, -1, -1]], ids=str)
+def test_rows_of_a_pool(device, rows, index_dtype):
+    """The chosen rows step as they would alone; no other row, and no row for -1, is touched."""
+    for dtype in dtypes(device):
+        inputs = draw("random", device, dtype, B=4, T=1, K=32, V=24, context=50)
+        alone = copy(inputs.initial_state)
+        expected = step(inputs, alone)
+        pool = MesaState.zeros(7, 2, 32, 24, device=device, dtype=alone.h_kk.dtype)
+        for h in pool:
+            h.copy_(torch.randn(h.shape, device=device))
+        want = copy(pool)
+        for b, row in enumerate(rows):
+            if row >= 0:
+                for h, start, w, end in zip(pool, inputs.initial_state, want, alone):
+                    h[row], w[row] = start[b], end[b]
+            else:
+                expected[b] = 0
+        o = step(inputs, pool, state_indices=torch.tensor(rows, device=device, dtype=index_dtype))
+        assert torch.equal(o, expected)
+        assert torch.equal(pool.h_kk, want.h_kk) and torch.equal(pool.h_kv, want.h_kv)
+
+
+def test_nothing_is_written_on_an_error(device):
+    inputs = draw("random", device, torch.float32, B=2, T=1, K=16, V=8, context=20)
+    state = copy(inputs.initial_state)
+    with pytest.raises((ValueError, RuntimeError)):
+        step(inputs, state, max_cg_iterations=0)
+    if device == "cpu":
+        for rows in ([0, 2], [0, -2]):
+            with pytest.raises(ValueError, match="state_indices"):
+                step(inputs, state, state_indices=torch.tensor(rows))
+    else:
+        o = step(inputs, state, state_indices=torch.tensor([2**40, -2], device=device))
+        assert not o.any()
+    assert all(torch.equal(a, b) for a, b in zip(state, inputs.initial_state))
+
+
+def test_nan_stays_in_its_row(device):
+    inputs = draw("random", device, torch.float32, B=3, T=1, K=16, V=8, context=20)
+    clean_state, state = copy(inputs.initial_state), copy(inputs.initial_state)
+    clean = step(inputs, clean_state)
+    inputs.k[1] = torch.nan
+    o = step(inputs, state)
+    assert torch.equal(o[[0, 2]], clean[[0, 2]]) and o[1].isnan().all()
+    assert all(torch.equal(a[[0, 2]], b[[0, 2]]) for a, b in zip(state, clean_state))
+
+
+def test_a_sequence_does_not_see_its_batch(device):
+    for dtype in dtypes(device):
+        inputs = draw("random", device, dtype, B=5, T=1, heads=(4, 1, 2), K=32, V=24, context=50)
+        batch = step(inputs, copy(inputs.initial_state))
+        state = MesaState(*(h[3:4].clone() for h in inputs.initial_state))
+        alone = mesa_decode_step(
+            *(a[3:4, 0] for a in inputs.tokens()), inputs.lamb, state, max_cg_iterations=solver_steps(dtype)
+        )
+        assert torch.equal(alone, batch[3:4])
+
+
+def test_reset_zero_and_empty(device):
+    inputs = draw("random", device, torch.float32, B=2, T=1, K=16, V=8, context=20)
+    inputs.g.fill_(-torch.inf)
+    state = copy(inputs.initial_state)
+    expected, expected_state = inputs.map(torch.Tensor.double).call(mesa_reference)
+    o = step(inputs, state)
+    assert_close({"o": o, **state._asdict()}, {"o": expected[:, 0], **expected_state._asdict()}, 5e-5)
+    inputs.q.zero_()
+    assert not step(inputs, copy(inputs.initial_state)).any()
+    empty = draw("random", device, torch.float32, B=0, T=1, K=16, V=8)
+    assert step(empty, MesaState.zeros(0, 2, 16, 8, device=device)).shape == (0, 2, 8)
+
+
+def test_gradients_are_refused(device):
+    inputs = draw("random", device, torch.float32, B=2, T=1, K=16, V=8, context=20)
+    inputs.lamb.requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        step(inputs, inputs.initial_state)
+    with torch.no_grad():
+        step(inputs, copy(inputs.initial_state))
+
+
+def test_l2norm(device):
+    inputs = draw("random", device, torch.float32, B=2, T=1, K=16, V=8, context=20)
+    expected = step(inputs, copy(inputs.initial_state))
+    inputs.q, inputs.k = 7 * inputs.q, 0.5 * inputs.k
+    o = step(inputs, copy(inputs.initial_state), use_qk_l2norm=True)
+    torch.testing.assert_close(o, expected, rtol=1e-4, atol=1e-5)

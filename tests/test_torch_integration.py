@@ -1,0 +1,300 @@
+"""The operators inside PyTorch: opcheck, torch.compile, autocast, checkpointing, DDP, CUDA graphs, sizes beyond 2^31."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mesa_ext import MesaState, mesa_attention, mesa_decode_step
+from mesa_ext.reference import mesa_reference
+from tests.regimes import BARS, Inputs, assert_bitwise, assert_close, draw, evaluate, output_gradients, relative_error
+
+SOLVER = (30, 1e-3)
+CHECKED = [
+    dict(heads=2),
+    dict(heads=(4, 1, 2), context=10),
+    dict(heads=(1, 1, 2), lengths=[3, 0, 66], context=10),
+]
+
+
+@pytest.mark.parametrize("options", CHECKED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(device, options, dtype):
+    inputs = draw("random", device, dtype, B=2, T=69, K=8, V=5, **options)
+    state = inputs.initial_state or (None, None)
+    tensors = *inputs.tokens(), inputs.lamb, *state
+    leaves = [a if a is None else a.detach().requires_grad_() for a in tensors]
+    torch.library.opcheck(torch.ops.mesa_ext.chunk_forward.default, (*leaves, inputs.cu_seqlens, *SOLVER))
+    do, *dstate = output_gradients(inputs, state=True)
+    with torch.no_grad():
+        x = torch.ops.mesa_ext.chunk_forward(*tensors, inputs.cu_seqlens, *SOLVER)[1]
+    for dh in (dstate, (None, None)):
+        torch.library.opcheck(
+            torch.ops.mesa_ext.chunk_backward.default, (do, *dh, *tensors, inputs.cu_seqlens, x, *SOLVER)
+        )
+
+
+@pytest.mark.parametrize("rows", [None, [3, -1]], ids=str)
+def test_opcheck_decode(device, rows):
+    inputs = draw("random", device, torch.float32, B=2, T=1, heads=(4, 1, 2), K=8, V=5)
+    state = MesaState.zeros(2 if rows is None else 4, 2, 8, 5, device=device)
+    indices = None if rows is None else torch.tensor(rows, device=device)
+    arguments = *(a[:, 0] for a in inputs.tokens()), inputs.lamb, *state, indices, *SOLVER
+    torch.library.opcheck(torch.ops.mesa_ext.decode_step.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_graph_breaks(device, dynamic):
+    def attention(q, k, v, g, beta, lamb, *, initial_state, cu_seqlens):
+        o, state, info = mesa_attention(
+            2 * q, k, v, g, beta, lamb,
+            initial_state=initial_state, cu_seqlens=cu_seqlens,
+            output_final_state=True, use_qk_l2norm=True, return_solver_info=True,
+        )  # fmt: skip
+        return o * info.error_bound.lt(1).all(), state
+
+    # aot_eager: the part of torch.compile that custom operators can break; without a C++ compiler's minutes.
+    compiled = torch.compile(attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for lengths, T in ((None, 70), (None, 90), ([3, 0, 66], None), ([50, 20, 1, 8], None)):
+        size = dict(T=T) if lengths is None else dict(lengths=lengths)
+        inputs = draw("random", device, torch.float32, heads=(4, 1, 2), K=8, V=5, context=10, **size)
+        gradients = output_gradients(inputs, state=True)
+        assert_close(evaluate(compiled, inputs, gradients), evaluate(attention, inputs, gradients), 1e-5)
+
+
+def test_compile_with_inductor(device):
+    inputs = draw("random", device, torch.float32, T=70, K=8, V=5)
+    gradients = output_gradients(inputs)
+
+    def attention(q, *rest, **options):
+        return mesa_attention(2 * q, *rest, output_final_state=True, **options)
+
+    compiled = torch.compile(attention, fullgraph=True)
+    assert_close(evaluate(compiled, inputs, gradients), evaluate(attention, inputs, gradients), 1e-5)
+
+
+def test_compile_decode(device):
+    inputs = draw("random", device, torch.float32, B=2, T=1, K=8, V=5, context=10)
+    token = [a[:, 0] for a in inputs.tokens()]
+    states = [MesaState(*(h.clone() for h in inputs.initial_state)) for _ in range(2)]
+    compiled = torch.compile(mesa_decode_step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(2):
+            outputs = [f(*token, inputs.lamb, s) for f, s in zip((mesa_decode_step, compiled), states)]
+            assert torch.equal(*outputs) and torch.equal(states[0].h_kk, states[1].h_kk)
+            assert not torch.equal(states[0].h_kk, inputs.initial_state.h_kk)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(device, dtype):
+    """q, k and v in autocast's dtype; everything inside, the backward included, untouched by it."""
+    inputs = draw("corr .5, Wk", device, torch.float32, T=130, K=16, V=8, context=100)
+    gradients = output_gradients(inputs, state=True)
+    narrow = Inputs(*(a.to(dtype) for a in inputs.tokens()[:3]), *inputs.tokens()[3:], inputs.lamb, inputs.initial_state)
+    low = (gradients[0].to(dtype), *gradients[1:])
+    expected = evaluate(mesa_attention, narrow, low, output_final_state=True)
+    with torch.autocast(device, dtype):
+        results = evaluate(mesa_attention, inputs, low, output_final_state=True)
+        token = [a[:, 0] for a in inputs.tokens()]
+        assert mesa_decode_step(*token, inputs.lamb, inputs.initial_state).dtype == dtype
+    assert results["o"].dtype == dtype and results["dq"].dtype == torch.float32
+    assert_bitwise({n: a.to(expected[n].dtype) for n, a in results.items()}, expected)
+    with torch.autocast(device, dtype, enabled=False):
+        assert mesa_attention(*inputs.tokens(), inputs.lamb)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(device, reentrant):
+    inputs = draw("random", device, torch.float32, T=70, K=8, V=5, context=10)
+    gradients = output_gradients(inputs, state=True)
+
+    def attention(*tensors, initial_state, cu_seqlens):
+        def inner(*tensors):
+            o, state = mesa_attention(*tensors[:6], initial_state=MesaState(*tensors[6:]), output_final_state=True)
+            return o, *state
+
+        o, *state = checkpoint(inner, *tensors, *initial_state, use_reentrant=reentrant)
+        return o, MesaState(*state)
+
+    if reentrant:  # supports backward() only
+        leaves = [a.detach().requires_grad_() for a in (*inputs.tokens(), inputs.lamb, *inputs.initial_state)]
+        o, state = attention(*leaves[:6], initial_state=leaves[6:], cu_seqlens=None)
+        torch.autograd.backward((o, *state), gradients)
+        grads = dict(zip(("dq", "dk", "dv", "dg", "dbeta", "dlamb", "dh_kk", "dh_kv"), (a.grad for a in leaves)))
+        expected = evaluate(mesa_attention, inputs, gradients, output_final_state=True)
+        assert_bitwise(grads, {n: expected[n] for n in grads})
+    else:
+        expected = evaluate(mesa_attention, inputs, gradients, output_final_state=True)
+        assert_bitwise(evaluate(attention, inputs, gradients), expected)
+
+
+class Block(nn.Module):
+    """Norm, projections, Mesa, projection, residual: eight of these are the deep network below."""
+
+    def __init__(self, width: int, heads: int, attention=mesa_attention):
+        super().__init__()
+        self.heads, self.attention = heads, attention
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.gates = nn.Linear(width, 2 * heads)
+        self.out = nn.Linear(width, width, bias=False)
+        self.lamb = nn.Parameter(torch.ones(heads, width // heads))
+
+    def forward(self, x):
+        normed = F.rms_norm(x, x.shape[-1:])
+        q, k, v = (a.unflatten(-1, (self.heads, -1)) for a in self.qkv(normed).chunk(3, -1))
+        g, beta = self.gates(normed).chunk(2, -1)
+        g, beta = F.logsigmoid(g.to(x.dtype) + 4), beta.to(x.dtype).sigmoid()
+        q, k = (F.normalize(a.to(x.dtype), dim=-1).to(v.dtype) for a in (q, k))
+        o, _ = self.attention(q, k, v, g, beta, self.lamb)
+        return x + self.out(o.flatten(2)).to(x.dtype)
+
+
+def test_gradients_through_eight_layers(device):
+    """In bfloat16 (weights and activations between the layers' sums) against float64 with the same weights."""
+    torch.manual_seed(0)
+    width, heads = 128, 2
+    exact = nn.Sequential(*(Block(width, heads, mesa_reference) for _ in range(8))).to(device)
+    ours = nn.Sequential(*(Block(width, heads) for _ in range(8))).to(device)
+    for p in exact.parameters():
+        p.data = p.data.bfloat16().double()
+    ours.load_state_dict(exact.state_dict())
+    x = torch.randn(1, 150, width, device=device)
+    gradient = torch.randn(1, 150, width, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y = ours(x)
+    y.backward(gradient)
+    expected = exact(x.double())
+    expected.backward(gradient.double())
+    assert relative_error(y, expected) <= 3e-2
+    errors = {n: relative_error(p.grad, q.grad) for (n, p), q in zip(ours.named_parameters(), exact.parameters())}
+    wrong = {n: error for n, error in errors.items() if not error <= 3e-2}
+    assert not wrong, wrong
+
+
+def test_ddp(device, tmp_path):
+    torch.manual_seed(0)
+    model = Block(32, 2).to(device)
+    x = torch.randn(2, 70, 32, device=device)
+    model(x).square().mean().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel(x).square().mean().backward()
+    finally:
+        dist.destroy_process_group()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), expected))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_training_step():
+    inputs = draw("random", "cuda", torch.bfloat16, lengths=[70, 0, 1000], K=64, V=32, context=10)
+    gradients = output_gradients(inputs, state=True)
+    leaves = inputs.map(lambda a: a.detach().requires_grad_())
+    tensors = [*leaves.tokens(), leaves.lamb, *leaves.initial_state]
+
+    def run():
+        o, state = leaves.call(mesa_attention, output_final_state=True)
+        return o, *state, *torch.autograd.grad((o, *state), tensors, gradients)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    other = draw("corr .5, Wk", "cuda", torch.bfloat16, lengths=[500, 500, 71], K=64, V=32, context=10)
+    with torch.no_grad():
+        for a, b in zip(tensors, (*other.tokens(), other.lamb, *other.initial_state)):
+            a.copy_(b)
+        leaves.cu_seqlens.copy_(other.cu_seqlens)
+    graph.replay()
+    expected = run()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_decode():
+    inputs = draw("random", "cuda", torch.bfloat16, B=4, T=1, K=64, V=32, context=10)
+    token = [a[:, 0] for a in inputs.tokens()]
+    rows = torch.tensor([3, -1, 0, 1], device="cuda")
+    state = MesaState(*(h.clone() for h in inputs.initial_state))
+    mesa_decode_step(*token, inputs.lamb, state, state_indices=rows)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = mesa_decode_step(*token, inputs.lamb, state, state_indices=rows)
+    for h, start in zip(state, inputs.initial_state):
+        h.copy_(start)
+    graph.replay()
+    expected = mesa_decode_step(*token, inputs.lamb, inputs.initial_state, state_indices=rows)
+    assert torch.equal(o, expected) and torch.equal(state.h_kk, inputs.initial_state.h_kk)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation():
+    """Neither the host nor the default stream is waited for, packed sequences included."""
+    inputs = draw("random", "cuda", torch.bfloat16, lengths=[70, 0, 100], K=64, V=32, context=10)
+    leaves = inputs.map(lambda a: a.detach().requires_grad_())
+    token = [a[:, 0].detach().repeat(3, *[1] * (a.ndim - 2)) for a in inputs.tokens()]
+    rows = torch.tensor([0, -1, 1], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        o, state = leaves.call(mesa_attention, output_final_state=True)
+        (o.float().sum() + state.h_kk.sum()).backward()
+        mesa_decode_step(*token, inputs.lamb, inputs.initial_state, state_indices=rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_side_stream():
+    inputs = draw("random", "cuda", torch.bfloat16, B=4, T=2000, K=64, V=32)
+    expected = evaluate(mesa_attention, inputs, output_gradients(inputs))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = evaluate(mesa_attention, inputs, output_gradients(inputs))
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_bitwise(results, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_second_device():
+    inputs = draw("random", "cuda:1", torch.bfloat16, T=200, K=64, V=32)
+    assert_close(evaluate(mesa_attention, inputs), evaluate(mesa_reference, inputs, wide=True), BARS["cuda", torch.bfloat16].o)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("MESA_SKIP_LARGE" in os.environ, reason="MESA_SKIP_LARGE is set")
+def test_beyond_2_to_the_31_elements():
+    """2.15e9 elements of each of q, k, v and o; a few sequences' ends against short texts that start at a reset."""
+    B, T, H, K = 4, 2**18 + 200, 16, 128
+    if torch.cuda.mem_get_info()[0] < 100 * 2**30:
+        pytest.skip("needs 100 GiB of free device memory")
+    assert B * T * H * K > 2**31
+    torch.manual_seed(0)
+    filled, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, False
+    try:
+        q, k, v = (torch.randn(B, T, H, K, device="cuda", dtype=torch.bfloat16).div_(K**0.5) for _ in range(3))
+        g, beta = -0.1 * torch.rand(B, T, H, device="cuda"), torch.rand(B, T, H, device="cuda")
+        lamb = torch.ones(H, K, device="cuda")
+        starts = [0, T // 2, T - 300]
+        for start in starts[1:]:
+            g[:, start] = -torch.inf
+        o, _ = mesa_attention(q, k, v, g, beta, lamb)
+        for b, h in ((0, 0), (1, 7), (B - 1, H - 1)):
+            for start in starts:
+                part = [a[b : b + 1, start : start + 300, h : h + 1] for a in (q, k, v, g, beta)]
+                expected, _ = mesa_reference(*part, lamb[h : h + 1])
+                actual = o[b : b + 1, start : start + 300, h : h + 1]
+                assert relative_error(actual, expected) <= BARS["cuda", torch.bfloat16].o, (b, h, start)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
