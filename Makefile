@@ -7,6 +7,7 @@
 # and setup.py's variables: MESA_EXT_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX.
 
 is_usable := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))
+where_is_torch := import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])
 candidates := python3 python python3.14 python3.13 python3.12 python3.11 python3.10
 PYTHON ?= $(firstword $(foreach p,$(candidates),$(shell $(p) -c '$(is_usable)' 2> /dev/null && echo $(p))))
 VENV ?= .venv
@@ -47,7 +48,7 @@ $(py):
 	  echo "mesa_ext: no Python 3.10 or newer with venv on PATH: apt install python3-venv or set PYTHON=..."; exit 1; }
 	$(say) creating $(VENV) from $(PYTHON)
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-	@if parent=$$($(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' 2> /dev/null); then \
+	@if parent=$$($(PYTHON) -c '$(where_is_torch)' 2> /dev/null); then \
 	  echo "mesa_ext: using the packages in $$parent"; \
 	  echo "$$parent" > $$($(py) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth; fi
 

@@ -1,14 +1,14 @@
 """Reads the output of `nvcc -Xptxas -v` from standard input; prints what every kernel uses; fails on spills and stacks.
 
-A register spill or a stack frame in these kernels means local memory traffic inside their inner loops.
+A register spill or a stack frame means traffic to local memory, in the solver in every step of every token.
 """
 
 import re
 import subprocess
 import sys
 
-REQUIRED = "solve"  # a log without this kernel is not a log of the kernels
-TOLERATED = ()  # kernels (parts of their names) that may use a stack; never the solver
+REQUIRED = "solve_kernel"  # a log without it is not a log of the kernels
+TOLERATED = {"grad_kernel": 192, "decode_kernel<128>": 64}  # bytes of stack that these kernels may use, and no more
 
 
 def kernels(log):
@@ -37,15 +37,16 @@ def main():
     bad = []
     print(f"{'kernel':64} {'arch':8} {'registers':>9} {'stack':>6} {'spills':>6} {'shared':>7}")
     for short, (_, arch, frame, spills, registers, shared) in zip(demangled([f[0] for f in found]), found):
-        clean = frame == 0 and spills == 0
-        print(f"{short:64} {arch:8} {registers:9} {frame:6} {spills:6} {shared:7}{'' if clean else '   <--'}")
-        if not clean and (REQUIRED in short or not any(part in short for part in TOLERATED)):
+        tolerated = max((size for part, size in TOLERATED.items() if part in short), default=0)
+        mark = "" if frame == spills == 0 else "  (tolerated)" if frame <= tolerated else "  <--"
+        print(f"{short:64} {arch:8} {registers:9} {frame:6} {spills:6} {shared:7}{mark}")
+        if "<" in mark:
             bad.append(f"{short} ({arch})")
     if not any(REQUIRED in name for name, *_ in found):
         sys.exit(f"check_ptxas: no kernel named *{REQUIRED}* in the compiler's output")
     if bad:
         sys.exit(f"check_ptxas: stack frames or register spills in {', '.join(bad)}")
-    print(f"check_ptxas: {len(found)} kernels, no stack frames, no spills")
+    print(f"check_ptxas: {len(found)} kernels, no stack frames or spills but those tolerated")
 
 
 if __name__ == "__main__":

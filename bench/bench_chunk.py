@@ -32,48 +32,44 @@ SHAPES = {
     "cuda": ["8x2048x16x128", "4x8192x16x128", "1x32768x16x128", "8x4096x16x64", "1x131072x4x128"],
     "cpu": ["1x512x4x64"],
 }
-SWEEP = [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]  # tokens, at 32k tokens a call at most in one sequence each
+SWEEP = [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]  # tokens in a sequence, 32k in a call (64k in the last)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+# Each of these gives a forward call and the tensors that its gradients are taken for.
+
+
 def ours(inputs, options):
-    return lambda: mesa_attention(**inputs, **options)[0]
+    return lambda: mesa_attention(**inputs, **options)[0], list(inputs.values())
 
 
 def fla_chunk(inputs):
     from fla.ops.mesa_net import chunk_mesa_net
 
-    return lambda: chunk_mesa_net(**inputs)[0]
+    return lambda: chunk_mesa_net(**inputs)[0], list(inputs.values())
 
 
 def softmax(inputs):
-    q, k, v = (inputs[name].detach().transpose(1, 2).contiguous().requires_grad_() for name in "qkv")
-    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    q, k, v = leaves = [inputs[name].detach().transpose(1, 2).contiguous().requires_grad_() for name in "qkv"]
+    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), leaves
 
 
-def backward_too(forward, leaves):
-    """Forward and backward with a random output gradient made once."""
-    with torch.no_grad():
-        do = torch.randn_like(forward())
-
-    def call():
-        for leaf in leaves:
-            leaf.grad = None
-        forward().backward(do)
-
-    return call
-
-
-def time_call(forward, inputs, timer):
-    """(forward ms, forward + backward ms, peak MiB of the latter); None for what does not fit."""
+def time_call(forward, leaves, timer):
+    """(forward ms, forward + backward ms, peak MiB of the latter, inputs included); None for what does not fit."""
     try:
-        both = backward_too(forward, inputs.values())
         with torch.no_grad():
+            do = torch.randn_like(forward())
             forward_ms = timer(forward)
-        return forward_ms, timer(both), peak_memory(both, timer.device)
+
+        def both():
+            return torch.autograd.grad(forward(), leaves, do)
+
+        both_ms, peak = timer(both), peak_memory(both, timer.device)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None, None, None
+    size = sum(a.numel() * a.element_size() for a in [*leaves, do])
+    return forward_ms, both_ms, None if peak is None else peak + size / 2**20
 
 
 def measure(shape, args, timer):
@@ -84,7 +80,7 @@ def measure(shape, args, timer):
     row = {"shape": shape, "steps": steps.mean().item(), "max": int(steps.max())}
     inputs = {name: a.requires_grad_() for name, a in inputs.items()}
 
-    forward_ms, both_ms, peak = time_call(ours(inputs, options), inputs, timer)
+    forward_ms, both_ms, peak = time_call(*ours(inputs, options), timer)
     executed = work(B, T, H, D, D, row["steps"])
     needed = work(B, T, H, D, D)
     row |= {"fwd ms": forward_ms, "fwd+bwd ms": both_ms, "peak MiB": peak}
@@ -97,16 +93,16 @@ def measure(shape, args, timer):
             "f+b floor share": floor_ms(*needed.values()) / both_ms,
         }
     if import_fla() and args.device == "cuda" and not args.no_peers:
-        row["fla fwd"], row["fla f+b"], row["fla MiB"] = time_call(fla_chunk(inputs), inputs, timer)
+        row["fla fwd"], row["fla f+b"], row["fla MiB"] = time_call(*fla_chunk(inputs), timer)
     if not args.no_peers and args.dtype != "fp32":
-        row["softmax fwd"], row["softmax f+b"], _ = time_call(softmax(inputs), inputs, timer)
+        row["softmax fwd"], row["softmax f+b"], _ = time_call(*softmax(inputs), timer)
     return row
 
 
 def measure_small_call(timer):
     """B=1, T=512, 16 heads: CUDA-graph replay and the Python side of an eager call, in microseconds."""
     inputs = make_inputs(1, 512, 16, 128, 128, torch.bfloat16, "cuda")
-    call = ours(inputs, {})
+    call, _ = ours(inputs, {})
     with torch.no_grad():
         replay = replayed(call)
         replay_us = 1e3 * Timer("cuda", timer.repeats, flush=False)(lambda: [replay() for _ in range(20)]) / 20

@@ -2,7 +2,7 @@
 
     python bench/bench_cpu.py --json cpu.json
 
-Same float32 inputs, same tolerance, same number of threads; also one decode step beside the memory traffic of its states.
+Same float32 inputs, same tolerance, same number of threads; also one decode step beside a copy of its states.
 """
 
 import torch
@@ -47,7 +47,15 @@ def measure_decode(B, H, D, timer):
     copy = timer(lambda: [a.copy_(b) for a, b in zip(copies, state)])
     step = timer(lambda: mesa_decode_step(**token, lamb=lamb, state=state))
     size = sum(h.numel() * 4 for h in state)
-    return {"batch": B, "heads": H, "width": D, "state MiB": size / 2**20, "ms": step, "copy ms": copy, "ratio": step / copy}
+    return {
+        "batch": B,
+        "heads": H,
+        "width": D,
+        "state MiB": size / 2**20,
+        "ms": step,
+        "copy ms": copy,
+        "ratio": step / copy,
+    }
 
 
 def main():

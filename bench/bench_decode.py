@@ -70,7 +70,9 @@ def measure(B, H, D, args, timer):
 @torch.no_grad()
 def measure_host(H, D, device):
     """The Python side of an eager call at batch 1, in microseconds."""
-    token = {name: a[:, 0] if name != "lamb" else a for name, a in make_inputs(1, 1, H, D, D, torch.bfloat16, device).items()}
+    token = {
+        name: a[:, 0] if name != "lamb" else a for name, a in make_inputs(1, 1, H, D, D, torch.bfloat16, device).items()
+    }
     state = start_state(1, H, D, device)
     return host_us(lambda: mesa_decode_step(**token, state=state))
 
@@ -95,7 +97,9 @@ def main():
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--widths", nargs="+", type=int, default=[128, 64])
     args = parser.parse_args()
-    timer = Timer(args.device, args.repeats, flush=False)  # a decode loop finds its states where the last step left them
+    timer = Timer(
+        args.device, args.repeats, flush=False
+    )  # a decode loop finds its states where the last step left them
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
     batches = args.batches or BATCHES[args.device]
     rows = [measure(B, args.heads, D, args, timer) for D in args.widths for B in batches]

@@ -136,11 +136,12 @@ def peak_memory(call, device):
 def work(B, T, H, K, V, steps=6.0):
     """(flops, bytes) of forward and of backward, counted as in bench/NOTES.md."""
     chunk_heads = B * H * -(-T // CHUNK)
-    unit = 2 * CHUNK * K * (K + V) / 2
-    tokens = CHUNK * (K + V) / 2 * 12  # q, k, v, o in 16 bits, x in float32
-    states = 2 * K * (K + V) / 2 * 5.2  # written and read: H in two 16-bit terms, G in one or two
-    forward = chunk_heads * unit * (6 + 3 * steps), chunk_heads * (tokens + 2 * states)
-    backward = chunk_heads * unit * (17 + 3 * steps), chunk_heads * (3 * tokens + 3.5 * states)
+    width = (K + V) / 2
+    unit = 2 * CHUNK * K * width
+    tokens = 12 * CHUNK * width  # q, k, v, o in 16 bits, x in float32
+    states = 10.4 * K * width  # G and H written and read, in two 16-bit terms where needed
+    forward = chunk_heads * unit * (6 + 3 * steps), chunk_heads * (tokens + states)
+    backward = chunk_heads * unit * (17 + 3 * steps), chunk_heads * (3 * tokens + 1.7 * states)
     return {"forward": forward, "backward": backward}
 
 

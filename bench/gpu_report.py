@@ -1,6 +1,6 @@
 """What ran on a GPU, and on which sources: writes and checks bench/gpu_report.json.
 
-    python bench/gpu_report.py --check                         # is the report about these sources? (exit status 0 always)
+    python bench/gpu_report.py --check                         # is it about these sources? (exit status 0 always)
     python bench/gpu_report.py --run                           # everything, on a GPU machine
     python bench/gpu_report.py --run --parts tests,sanitizer   # some of it; the rest of the report stays
 
@@ -29,7 +29,9 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 def source_hash():
     """sha256 over names and contents of the sources that a result can depend on."""
     digest = hashlib.sha256()
-    files = [p for folder in ("csrc", "mesa_ext") for p in (ROOT / folder).rglob("*") if p.suffix in SUFFIXES and p.is_file()]
+    files = [
+        p for folder in ("csrc", "mesa_ext") for p in (ROOT / folder).rglob("*") if p.suffix in SUFFIXES and p.is_file()
+    ]
     for path in sorted(files, key=lambda p: p.relative_to(ROOT).as_posix()):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
@@ -45,7 +47,10 @@ def check(path):
     if not report:
         print(f"!!! GPU REPORT MISSING: {path.name} does not exist; run bench/gpu_report.py --run on a GPU machine")
     elif report["source_hash"] != source_hash():
-        print(f"!!! GPU REPORT STALE: the sources changed since {report['environment']['date']}; run bench/gpu_report.py --run again")
+        print(
+            f"!!! GPU REPORT STALE: the sources changed since {report['environment']['date']}; "
+            "run bench/gpu_report.py --run again"
+        )
     else:
         print(f"GPU report: fresh ({report['environment']['device']}, {report['environment']['date']})")
 
@@ -83,7 +88,18 @@ def json_of(name, *arguments):
 def run_tests(args):
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "tests.xml"
-        line = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={xml}", "tests"]
+        line = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={xml}",
+            "tests",
+        ]
         status, seconds, _ = command(line + args.pytest)
         cases = list(ElementTree.parse(xml).iter("testcase")) if xml.exists() else []
     kinds = {kind: [case for case in cases if case.find(kind) is not None] for kind in ("failure", "error", "skipped")}

@@ -1,6 +1,6 @@
 """Time of every CUDA kernel in forward, backward and decode, through torch.profiler.
 
-    python bench/profile_kernels.py --shape 8x2048x16x128
+python bench/profile_kernels.py --shape 8x2048x16x128
 """
 
 import torch

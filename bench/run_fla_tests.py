@@ -65,7 +65,9 @@ def main():
 
     calls = Counter() if args.theirs else substitute()
     recorder = Recorder()
-    code = pytest.main([str(args.file), "-q", "-p", "no:cacheprovider", "--tb=short", "--noconftest"], plugins=[recorder])
+    code = pytest.main(
+        [str(args.file), "-q", "-p", "no:cacheprovider", "--tb=short", "--noconftest"], plugins=[recorder]
+    )
     counts = Counter(recorder.outcomes.values())
     summary = {
         "functions": "fla" if args.theirs else "mesa_ext",

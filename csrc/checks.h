@@ -9,21 +9,21 @@
 
 #include <algorithm>
 #include <cmath>
-#include <initializer_list>
 #include <limits>
 #include <optional>
+#include <string>
 
 namespace mesa {
 
 // Resolved sizes of a call. Output head o uses state head o / (HO / HS) and query head o / (HO / HQ);
 // state head s uses key head s / (HS / HK).
 struct ProblemSize {
-    int64_t B = 0, T = 1;          // batch and tokens (T = 1 for a decode step)
-    int64_t N = 0;                 // sequences: B, the number of packed sequences, or the rows of the decode pool
+    int64_t B = 0, T = 1;                    // batch and tokens (T = 1 for a decode step)
+    int64_t N = 0;                           // sequences: B, or the packed ones, or the rows of the decode pool
     int64_t HQ = 0, HK = 0, HS = 0, HO = 0;  // heads of q, of k, of the state (v, g, beta, lamb), of the output
-    int64_t K = 0, V = 0;          // key and value widths
-    at::ScalarType dtype = at::kFloat;    // of q, k, v and o
-    at::ScalarType compute = at::kFloat;  // of gates, lamb, states and x
+    int64_t K = 0, V = 0;                    // key and value widths
+    at::ScalarType dtype = at::kFloat;       // of q, k, v and o
+    at::ScalarType compute = at::kFloat;     // of gates, lamb, states and x
 
     int64_t outputs_per_state() const { return HO / HS; }
     int64_t outputs_per_query() const { return HO / HQ; }
@@ -42,8 +42,12 @@ inline void check_shape(const at::Tensor& t, const char* name, at::IntArrayRef s
     TORCH_CHECK_VALUE(t.sizes() == shape, name, " must have shape ", layout, " = ", shape, ", got ", t.sizes());
 }
 
+// As Python spells it: float32, not Float.
+inline std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+
 inline void check_dtype(const at::Tensor& t, const char* name, at::ScalarType dtype, const char* why) {
-    TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype, " (", why, "), got ", t.scalar_type());
+    TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be ", dtype_name(dtype), " (", why, "), got ",
+                     dtype_name(t.scalar_type()));
 }
 
 inline void check_device(const at::Tensor& t, const char* name, const at::Tensor& q) {
@@ -68,7 +72,7 @@ inline ProblemSize check_heads(const at::Tensor& q, const at::Tensor& k, const a
     const bool half = dtype == at::kHalf || dtype == at::kBFloat16;
     TORCH_CHECK_TYPE(half || dtype == at::kFloat || (dtype == at::kDouble && q.is_cpu()),
                      "q must be float16, bfloat16, float32", q.is_cpu() ? " or float64" : " (float64 works on CPU)",
-                     ", got ", dtype);
+                     ", got ", dtype_name(dtype));
     check_dtype(k, "k", dtype, "the dtype of q");
     check_dtype(v, "v", dtype, "the dtype of q");
 

@@ -11,11 +11,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 #include <numeric>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "checks.h"
@@ -448,8 +448,9 @@ struct Inputs {
 
     View<T> scan(const ProblemSize& p, const Tensor& states, T* final_kk, T* final_kv) const {
         const View<T> view{states.data_ptr<T>(), ld(p)};
+        // x' H' = (H x)': only the transpose gives the gradient of an H that is perturbed without staying symmetric.
         const ScanPart<T> parts[2] = {{v, T(1), data_or_null<T>(h_kv), final_kv, false},
-                                      {k, T(1), data_or_null<T>(h_kk), final_kk, false}};
+                                      {k, T(1), data_or_null<T>(h_kk), final_kk, true}};
         scan_states(p, layout, g, beta, k, parts, false, view);
         return view;
     }
@@ -551,7 +552,7 @@ struct AttentionGradient {
 
     // What the decays carry, each term once: from token j to token i, from the state before the chunk to token i, from
     // token j to the state after the chunk, and from state to state.
-    double inside[kChunk][kChunk], before[kChunk], after[kChunk], across;
+    double inside[kChunk][kChunk] = {}, before[kChunk] = {}, after[kChunk] = {}, across = 0;
 
     void operator()(int64_t number, int64_t head) {
         const Chunk chunk = in.layout.chunks[number];

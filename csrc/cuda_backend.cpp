@@ -25,16 +25,34 @@ DType dtype_of(const Tensor& t) {
     }
 }
 
-// The kernels take any strides but ask for the elements of a row side by side.
-Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
+constexpr int64_t kRowMultiple = 8;  // elements that the kernels load and store at once
 
-// t [B, T, heads, width], seen by a kernel that works on `heads` heads.
-Rows rows_of(const Tensor& t, int64_t heads) {
-    const int64_t size = t.element_size();
-    bool aligned = t.size(3) % 8 == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-    for (int d = 0; d < 3; ++d) aligned = aligned && t.stride(d) * size % 16 == 0;
-    return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), dtype_of(t), static_cast<int>(t.size(3)),
-            static_cast<int>(heads / t.size(2)), aligned};
+int64_t padded_width(int64_t width) { return (width + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
+
+bool rows_are_aligned(const Tensor& t) {
+    bool aligned = t.size(-1) % kRowMultiple == 0 && t.stride(-1) == 1 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+    for (int64_t d = 0; d + 1 < t.dim(); ++d) aligned = aligned && (t.size(d) == 1 || t.stride(d) * t.element_size() % 16 == 0);
+    return aligned;
+}
+
+// t itself where its rows are as the kernels need them (whatever the strides between them), else a copy.
+Tensor with_padded_rows(const Tensor& t) {
+    if (t.numel() == 0 || rows_are_aligned(t)) return t;
+    const int64_t width = t.size(-1);
+    const Tensor padded = width % kRowMultiple ? at::constant_pad_nd(t, {0, padded_width(width) - width}) : t;
+    return padded.clone(at::MemoryFormat::Contiguous);
+}
+
+// An output [B, T, heads, width] as the kernels write it, and as the caller gets it.
+Tensor empty_padded(at::IntArrayRef shape, const at::TensorOptions& options) {
+    return at::empty({shape[0], shape[1], shape[2], padded_width(shape[3])}, options);
+}
+Tensor without_padding(const Tensor& t, int64_t width) { return t.size(3) == width ? t : t.narrow(3, 0, width).contiguous(); }
+
+// t [B, T, heads, width or padded width], seen by a kernel that works on `heads` heads.
+Rows rows_of(const Tensor& t, int64_t heads, int64_t width) {
+    return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), dtype_of(t), static_cast<int>(width),
+            static_cast<int>(heads / t.size(2))};
 }
 
 const float* floats(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
@@ -61,7 +79,7 @@ struct Call {
 
     Call(const ProblemSize& p, const Tensor& k_, const Tensor& v_, const Tensor& g_, const Tensor& beta_, const Tensor& lamb_,
          const OptionalTensor& h_kk_, const OptionalTensor& h_kv_, const OptionalTensor& cu_seqlens_)
-        : size(p), k(with_dense_rows(k_)), v(with_dense_rows(v_)), g(g_.contiguous()), beta(beta_.contiguous()),
+        : size(p), k(with_padded_rows(k_)), v(with_padded_rows(v_)), g(g_.contiguous()), beta(beta_.contiguous()),
           lamb(lamb_.contiguous()), h_kk(contiguous(h_kk_)), h_kv(contiguous(h_kv_)), stream(at::cuda::getCurrentCUDAStream()) {
         check_device_fits(p);
         if (p.K % kChunk) lamb = at::constant_pad_nd(lamb, {0, kChunk - p.K % kChunk}, 1);
@@ -73,6 +91,8 @@ struct Call {
     Gates gates(int64_t heads) const {
         return {g.const_data_ptr<float>(), beta.const_data_ptr<float>(), static_cast<int>(size.HS), static_cast<int>(heads / size.HS)};
     }
+    Rows k_rows(int64_t heads) const { return rows_of(k, heads, size.K); }
+    Rows v_rows(int64_t heads) const { return rows_of(v, heads, size.V); }
     at::TensorOptions float_options() const { return g.options(); }
 };
 
@@ -93,7 +113,7 @@ struct States {
 
 void forward_states(const Call& c, const States& states, float* end_kk, float* end_kv) {
     const int64_t heads = c.size.HS;
-    C10_CUDA_CHECK(launch_chunk_states({c.problem, rows_of(c.k, heads), {rows_of(c.v, heads), rows_of(c.k, heads)}, c.gates(heads),
+    C10_CUDA_CHECK(launch_chunk_states({c.problem, c.k_rows(heads), {c.v_rows(heads), c.k_rows(heads)}, c.gates(heads),
                                         floats(c.h_kv), floats(c.h_kk), end_kv, end_kk, states.view(heads), static_cast<int>(heads), 1,
                                         false},
                                        c.stream));
@@ -102,8 +122,8 @@ void forward_states(const Call& c, const States& states, float* end_kk, float* e
 void solve(const Call& c, const States& states, const Tensor& rhs, const Tensor& x, int* steps, float* bound, int64_t max_iterations,
            double tolerance) {
     const int64_t heads = c.size.HO;
-    C10_CUDA_CHECK(launch_solve({c.problem, rows_of(rhs, heads), rows_of(c.k, heads), c.gates(heads), c.lamb.const_data_ptr<float>(),
-                                 states.view(heads), x.data_ptr<float>(), steps, bound, static_cast<int>(heads),
+    C10_CUDA_CHECK(launch_solve({c.problem, rows_of(rhs, heads, c.size.K), c.k_rows(heads), c.gates(heads), c.lamb.const_data_ptr<float>(),
+                                 states.view(heads), rows_of(x, heads, c.size.K), steps, bound, static_cast<int>(heads),
                                  static_cast<int>(max_iterations), static_cast<float>(tolerance)},
                                 c.stream));
 }
@@ -114,20 +134,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
     const ProblemSize p = check_chunk_inputs(q_, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
     const c10::cuda::CUDAGuard guard(q_.device());
     const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
-    const Tensor q = with_dense_rows(q_);
+    const Tensor q = with_padded_rows(q_);
     const auto f32 = c.float_options();
-    Tensor o = at::empty({p.B, p.T, p.HO, p.V}, q.options());
-    Tensor x = at::empty({p.B, p.T, p.HO, p.K}, f32);
+    Tensor o = empty_padded({p.B, p.T, p.HO, p.V}, q.options()), x = empty_padded({p.B, p.T, p.HO, p.K}, f32);
     Tensor end_kk = at::empty({p.N, p.HS, p.K, p.K}, f32), end_kv = at::empty({p.N, p.HS, p.K, p.V}, f32);
     Tensor steps = at::empty({p.B, p.T, p.HO}, f32.dtype(at::kInt)), bound = at::empty({p.B, p.T, p.HO}, f32);
 
     const States states(c, p.HS);
     forward_states(c, states, end_kk.data_ptr<float>(), end_kv.data_ptr<float>());
     solve(c, states, q, x, steps.data_ptr<int>(), bound.data_ptr<float>(), max_cg_iterations, cg_tol);
-    C10_CUDA_CHECK(launch_readout({c.problem, rows_of(x, p.HO), rows_of(c.k, p.HO), rows_of(c.v, p.HO), c.gates(p.HO), states.view(p.HO),
-                                   rows_of(o, p.HO), static_cast<int>(p.HO), false},
+    C10_CUDA_CHECK(launch_readout({c.problem, rows_of(x, p.HO, p.K), c.k_rows(p.HO), c.v_rows(p.HO), c.gates(p.HO), states.view(p.HO),
+                                   rows_of(o, p.HO, p.V), static_cast<int>(p.HO), false},
                                   c.stream));
-    return {o, x, end_kk, end_kv, steps, bound};
+    return {without_padding(o, p.V), without_padding(x, p.K), end_kk, end_kv, steps, bound};
 }
 
 // Sums neighbouring heads of t [.., heads, ..] (dimension `dim`) down to `heads`, in the dtype asked for.
@@ -144,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x_);
     const c10::cuda::CUDAGuard guard(q.device());
     const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
-    const Tensor d_o = with_dense_rows(grad_o), x = x_.contiguous();
+    const Tensor d_o = with_padded_rows(grad_o), x = with_padded_rows(x_);
     const OptionalTensor start_kk = contiguous(dh_kk_final), start_kv = contiguous(dh_kv_final);
     const auto f32 = c.float_options();
     const int heads = static_cast<int>(p.HO);
@@ -153,30 +172,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     forward_states(c, states, nullptr, nullptr);
 
     // w = (H + Lambda)^-1 G do, solved in the place of its right-hand side.
-    const Tensor w = at::empty({p.B, p.T, p.HO, p.K}, f32);
-    C10_CUDA_CHECK(launch_readout({c.problem, rows_of(d_o, heads), rows_of(c.v, heads), rows_of(c.k, heads), c.gates(heads),
-                                   states.view(heads), rows_of(w, heads), heads, true},
+    const Tensor w = empty_padded({p.B, p.T, p.HO, p.K}, f32);
+    const Rows do_rows = rows_of(d_o, heads, p.V), x_rows = rows_of(x, heads, p.K), w_rows = rows_of(w, heads, p.K);
+    C10_CUDA_CHECK(launch_readout({c.problem, do_rows, c.v_rows(heads), c.k_rows(heads), c.gates(heads), states.view(heads), w_rows, heads, true},
                                   c.stream));
     solve(c, states, w, w, nullptr, nullptr, max_cg_iterations, cg_tol);
 
     const Tensor end_kk = at::empty({p.N, p.HO, p.K, p.K}, f32), end_kv = at::empty({p.N, p.HO, p.K, p.V}, f32);
-    C10_CUDA_CHECK(launch_chunk_states({c.problem, rows_of(x, heads), {rows_of(d_o, heads), rows_of(w, heads)}, c.gates(heads),
+    C10_CUDA_CHECK(launch_chunk_states({c.problem, x_rows, {do_rows, w_rows}, c.gates(heads),
                                         floats(start_kv), floats(start_kk), end_kv.data_ptr<float>(), end_kk.data_ptr<float>(),
                                         adjoints.view(heads), heads, static_cast<int>(p.outputs_per_state()), true},
                                        c.stream));
 
     // Grouped heads: every output head makes its own gradients, in float32, which are then added up.
     const auto own = [&](int64_t group_heads) { return p.HO == group_heads ? q.options() : f32; };
-    const Tensor dk = at::empty({p.B, p.T, p.HO, p.K}, own(p.HK)), dv = at::empty({p.B, p.T, p.HO, p.V}, own(p.HS));
+    const Tensor dk = empty_padded({p.B, p.T, p.HO, p.K}, own(p.HK)), dv = empty_padded({p.B, p.T, p.HO, p.V}, own(p.HS));
     const Tensor dg = at::empty({p.B, p.T, p.HO}, f32), dbeta = at::empty({p.B, p.T, p.HO}, f32);
     const Tensor dlamb = at::zeros({c.problem.slots(), p.HO, p.K}, f32);  // packed sequences leave some slots unused
-    C10_CUDA_CHECK(launch_grad({c.problem, rows_of(x, heads), rows_of(w, heads), rows_of(d_o, heads), rows_of(c.k, heads),
-                                rows_of(c.v, heads), c.gates(heads), states.view(heads), adjoints.view(heads), rows_of(dk, heads),
-                                rows_of(dv, heads), dg.data_ptr<float>(), dbeta.data_ptr<float>(), dlamb.data_ptr<float>(), heads},
+    C10_CUDA_CHECK(launch_grad({c.problem, x_rows, w_rows, do_rows, c.k_rows(heads), c.v_rows(heads), c.gates(heads),
+                                states.view(heads), adjoints.view(heads), rows_of(dk, heads, p.K), rows_of(dv, heads, p.V), dg.data_ptr<float>(), dbeta.data_ptr<float>(), dlamb.data_ptr<float>(), heads},
                                c.stream));
 
-    return {sum_groups(w, 2, p.HQ, p.dtype),        sum_groups(dk, 2, p.HK, p.dtype),
-            sum_groups(dv, 2, p.HS, p.dtype),       sum_groups(dg, 2, p.HS, at::kFloat),
+    return {sum_groups(without_padding(w, p.K), 2, p.HQ, p.dtype),
+            sum_groups(without_padding(dk, p.K), 2, p.HK, p.dtype),
+            sum_groups(without_padding(dv, p.V), 2, p.HS, p.dtype),       sum_groups(dg, 2, p.HS, at::kFloat),
             sum_groups(dbeta, 2, p.HS, at::kFloat), sum_groups(dlamb.sum(0), 0, p.HS, at::kFloat),
             sum_groups(end_kk, 1, p.HS, at::kFloat), sum_groups(end_kv, 1, p.HS, at::kFloat)};
 }
@@ -187,10 +206,11 @@ Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     const c10::cuda::CUDAGuard guard(q.device());
     check_device_fits(p);
     Tensor o = at::empty({p.B, p.HO, p.V}, q.options());
-    const auto token = [&](const Tensor& t) { return with_dense_rows(t).unsqueeze(1); };
+    // The decode kernel reads element by element and needs no padding, only dense rows.
+    const auto token = [](const Tensor& t) { return (t.stride(-1) == 1 ? t : t.contiguous()).unsqueeze(1); };
     const Tensor q1 = token(q), k1 = token(k), v1 = token(v), g1 = g.contiguous(), beta1 = beta.contiguous(), lamb1 = lamb.contiguous();
     const OptionalTensor indices = contiguous(state_indices);
-    C10_CUDA_CHECK(launch_decode({rows_of(q1, p.HO), rows_of(k1, p.HS), rows_of(v1, p.HS), rows_of(o.unsqueeze(1), p.HO),
+    C10_CUDA_CHECK(launch_decode({rows_of(q1, p.HO, p.K), rows_of(k1, p.HS, p.K), rows_of(v1, p.HS, p.V), rows_of(o.unsqueeze(1), p.HO, p.V),
                                   g1.const_data_ptr<float>(), beta1.const_data_ptr<float>(), lamb1.const_data_ptr<float>(),
                                   h_kk.data_ptr<float>(), h_kv.data_ptr<float>(), indices ? indices->const_data_ptr<int64_t>() : nullptr,
                                   p.N, static_cast<int>(p.B), static_cast<int>(p.HS), static_cast<int>(p.HO), static_cast<int>(p.K),

@@ -19,15 +19,15 @@ constexpr int kMaxWidth = 128;           // of K and V
 
 enum class DType : int { f16, bf16, f32 };
 
-// A [B, T, H, width] tensor whose last dimension is contiguous; strides in elements. A kernel's head h reads head
-// h / group, so that grouped heads need no copies.
+// A [B, T, H, width] tensor; strides in elements. Every row is contiguous, starts at a multiple of 16 bytes and is padded
+// to a multiple of 8 elements with zeros, which the kernels write too. A kernel's head h uses head h / group, so that
+// grouped heads need no copies.
 struct Rows {
     void* data;
     int64_t batch_stride, token_stride, head_stride;
     DType dtype;
-    int width;
+    int width;  // without the padding
     int group;
-    bool aligned;  // every row starts at a multiple of 16 bytes and holds a multiple of 8 elements
 };
 
 // Where the sequences lie. A chunk slot is a place for one chunk's state; sequence n owns the slots from first_slot(n)
@@ -84,12 +84,12 @@ cudaError_t launch_chunk_states(const StateArgs&, cudaStream_t);
 // x_t = (H_t + diag(lamb))^-1 rhs_t by conjugate gradient.
 struct SolveArgs {
     Problem problem;
-    Rows rhs;  // q, or dx
+    Rows rhs;      // q, or dx
     Rows keys;
     Gates gates;
     const float* lamb;  // [heads of the state, K padded to a multiple of 64 (with ones)]
     SplitStates states;
-    float* x;      // [B, T, heads, K]; may be rhs itself
+    Rows x;        // float32; may be rhs itself
     int* steps;    // [B, T, heads] or null
     float* bound;  // [B, T, heads] or null
     int heads;
@@ -129,7 +129,7 @@ cudaError_t launch_grad(const GradArgs&, cudaStream_t);
 
 // One token for every sequence; states in float32, updated in place.
 struct DecodeArgs {
-    Rows q, k, v, out;  // [B, 1, heads, width]
+    Rows q, k, v, out;  // [B, 1, heads, width]; these rows need no padding or alignment
     const float* g;     // [B, HS]
     const float* beta;  // [B, HS]
     const float* lamb;  // [HS, K]

@@ -28,6 +28,7 @@ CONFIGS = {
     "cpu": dict(width=128, heads=4, head_dim=32, depth=2, batch=8, length=256, learning_rate=4e-3),
     "cuda": dict(width=512, heads=4, head_dim=128, depth=4, batch=32, length=1024, learning_rate=1.5e-3),
 }
+SHAPE = ("width", "heads", "head_dim", "depth")
 HELD_OUT_SHARE = 20  # one file in twenty
 
 
@@ -43,7 +44,10 @@ def load_text():
     if not parts[True] or not parts[False]:
         raise SystemExit(f"no Python sources under {root}: this Python comes without its standard library's text")
     train, held_out = (torch.frombuffer(bytearray(b"\n".join(parts[h])), dtype=torch.uint8) for h in (False, True))
-    print(f"text: {len(files)} files under {root}, {len(train) / 1e6:.1f} MB to train, {len(held_out) / 1e6:.2f} MB held out")
+    print(
+        f"text: {len(files)} files under {root}, {len(train) / 1e6:.1f} MB to train on, "
+        f"{len(held_out) / 1e6:.2f} MB held out"
+    )
     return train, held_out
 
 
@@ -66,16 +70,16 @@ def evaluate(model, batches, autocast):
     return statistics.fmean(bits_per_byte(model, batch, autocast).item() for batch in batches)
 
 
-def learning_rate(progress):
-    """Linear warm-up over the first twentieth, then a cosine down to a tenth."""
-    return min(20 * progress, 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+def schedule(step, progress):
+    """Share of the learning rate: up over twenty steps, then a cosine down to a tenth."""
+    return min((step + 1) / 20, 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 def run(seed, text, config, device, steps, minutes):
-    """Trains both models on the same batches, in turns, and returns their models, curves and times."""
+    """Trains both models on the same batches, in turns, for `steps` or `minutes` -> models, curves and times."""
     train, held_out = text
     length, batch = config["length"], config["batch"]
-    shape = {name: config[name] for name in ("width", "heads", "head_dim", "depth")}
+    shape = {name: config[name] for name in SHAPE}
 
     def autocast():
         return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
@@ -92,15 +96,14 @@ def run(seed, text, config, device, steps, minutes):
     seconds = dict.fromkeys(KINDS, 0.0)
     curves = {kind: {"train": [], "held_out": []} for kind in KINDS}
     solver_steps = []
-    bar, began, step = None, time.monotonic(), 0
-    total = steps
-    while total is None or step < total:
+    bar, began = Progress(f"seed {seed}"), time.monotonic()
+    step, progress = 0, 0.0
+    while progress < 1:
         data = windows(train, torch.randint(len(train) - length, (batch,), generator=generator), length, device)
         for kind, model in models.items():
             start = time.monotonic()
-            rate = config["learning_rate"] * learning_rate((step + 1) / (total or 1000))
             for group in optimizers[kind].param_groups:
-                group["lr"] = rate
+                group["lr"] = config["learning_rate"] * schedule(step, progress)
             loss = bits_per_byte(model, data, autocast)
             optimizers[kind].zero_grad(set_to_none=True)
             loss.backward()
@@ -109,25 +112,16 @@ def run(seed, text, config, device, steps, minutes):
             curves[kind]["train"].append(loss.item())
             seconds[kind] += time.monotonic() - start
         step += 1
-        if total is None and step >= 10:  # the first steps are the slowest: warm up before counting
-            if step == 10:
-                timed_from = time.monotonic()
-            elif step == 20:
-                pace = (time.monotonic() - timed_from) / 10
-                # a tenth of the time goes to evaluation, the sample and the picture
-                total = max(40, step + int((0.9 * 60 * minutes - (time.monotonic() - began)) / pace))
-        if total is None:
-            continue
-        if bar is None:
-            bar = Progress(f"seed {seed}", total)
-        recent = {kind: statistics.fmean(curves[kind]["train"][-20:]) for kind in KINDS}
-        bar.update(step, ", ".join(f"{kind} {value:.2f}" for kind, value in recent.items()) + " bits/byte")
-        if step == total or step % max(1, total // 5) == 0:
+        # A tenth of the time is for evaluation, the sample and the picture.
+        last, progress = progress, min(1, step / steps if steps else (time.monotonic() - began) / (0.9 * 60 * minutes))
+        recent = ", ".join(f"{kind} {statistics.fmean(curves[kind]['train'][-10:]):.2f}" for kind in KINDS)
+        bar.update(progress, f"step {step}: {recent} bits/byte")
+        if int(5 * progress) > int(5 * last):
             for kind, model in models.items():
                 curves[kind]["held_out"].append((step, evaluate(model, test, autocast)))
             with autocast():
                 solver_steps.append((step, models["mesa"].solver_steps(test[0][0])))
-    return {"models": models, "curves": curves, "solver_steps": solver_steps, "steps": total, "seconds": seconds}
+    return {"models": models, "curves": curves, "solver_steps": solver_steps, "steps": step, "seconds": seconds}
 
 
 def sample(model, device, seed):
@@ -159,9 +153,12 @@ def plot(runs, path):
     for i, result in enumerate(runs):
         steps, means = zip(*result["solver_steps"])
         for layer, values in enumerate(zip(*means)):
-            right.plot(steps, values, "o-", color=f"C{layer}", markersize=4, label=f"layer {layer + 1}" if i == 0 else None)
+            right.plot(
+                steps, values, "o-", color=f"C{layer}", markersize=4, label=f"layer {layer + 1}" if i == 0 else None
+            )
     right.set(xlabel="training step", ylabel="mean steps per token", title="conjugate-gradient steps to the tolerance")
-    right.set_ylim(bottom=0)
+    right.set_xlim(left=0)
+    right.set_ylim(0, 1.2 * right.get_ylim()[1])
     right.legend()
     figure.savefig(path, dpi=120)
 
@@ -172,19 +169,28 @@ def main():
     parser.add_argument("--minutes", type=float, default=2.0, help="time for one run of both models")
     parser.add_argument("--steps", type=int, help="training steps, instead of as many as --minutes allows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the picture and the numbers")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the picture and the numbers")
     args = parser.parse_args()
 
     device = torch.device(args.device)
     config = CONFIGS[device.type]
     text = load_text()
-    size = sum(p.numel() for p in TokenModel("mesa", 256, *(config[n] for n in ("width", "heads", "head_dim", "depth"))).parameters())
+    model = TokenModel("mesa", 256, **{name: config[name] for name in SHAPE})
+    size = sum(p.numel() for p in model.parameters())
     print(
-        f"model: {config['depth']} layers of {config['heads']} heads of {config['head_dim']}, {size / 1e6:.2f} M parameters; "
+        f"model: {config['depth']} layers of {config['heads']} heads of {config['head_dim']}, "
+        f"{size / 1e6:.2f} M parameters; "
         f"batches of {config['batch']} x {config['length']} bytes on {device}"
-        + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else f" ({torch.cuda.get_device_name(device)})")
+        + (
+            f" ({torch.get_num_threads()} threads)"
+            if device.type == "cpu"
+            else f" ({torch.cuda.get_device_name(device)})"
+        )
     )
-    runs = [run(seed, text, config, device, args.steps, args.minutes) for seed in range(args.seeds)]
+    runs = []
+    for seed in range(args.seeds):  # the first run's clock sets the number of steps of all
+        steps = runs[0]["steps"] if runs else args.steps
+        runs.append(run(seed, text, config, device, steps, args.minutes))
 
     print(f"\nwritten by the Mesa model (seed 0), one decode step a byte:\n{'-' * 60}")
     print(sample(runs[0]["models"]["mesa"], device, 0))

@@ -5,24 +5,22 @@ import time
 
 
 class Progress:
-    """One line that rewrites itself on a terminal; about ten plain lines otherwise."""
+    """One line that rewrites itself on a terminal; ten plain lines otherwise."""
 
-    def __init__(self, label, total):
-        self.label, self.total = label, total
-        self.start = time.monotonic()
+    def __init__(self, label):
+        self.label, self.start, self.shown = label, time.monotonic(), -1
         self.terminal = sys.stdout.isatty()
-        self.shown = -1
 
-    def update(self, done, text=""):
-        fraction = done / self.total
-        tick = int(fraction * (200 if self.terminal else 10))
-        if tick == self.shown and done < self.total:
+    def update(self, fraction, text=""):
+        """`fraction` of the work is done, from 0 to 1."""
+        tick = int(fraction * (500 if self.terminal else 10))
+        if tick == self.shown:
             return
         self.shown = tick
         elapsed = time.monotonic() - self.start
-        left = elapsed * (1 / fraction - 1) if fraction > 0 else float("nan")
+        left = f", {elapsed * (1 / fraction - 1):.0f} s left" if fraction > 0 else ""
         bar = ("#" * int(24 * fraction)).ljust(24, ".")
-        line = f"{self.label} [{bar}] {done}/{self.total} {elapsed:4.0f} s, {left:.0f} s left  {text}"
+        line = f"{self.label} [{bar}] {elapsed:.0f} s{left}  {text}"
         print(f"\r{line}\x1b[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
-        if self.terminal and done == self.total:
+        if self.terminal and fraction >= 1:
             print()

@@ -78,7 +78,7 @@ def recall(seed, steps, device, keys=64, values=64, batch=32):
         tokens, targets = (a.to(device) for a in recall_batch(generator, batch, pairs, keys, values))
         return model(tokens)[0][:, 2 * pairs :, keys:], targets
 
-    bar, recent = Progress(f"recall, seed {seed}", steps), {}
+    bar, recent = Progress(f"recall, seed {seed}"), {}
     for step in range(1, steps + 1):
         start = generator.get_state()
         for kind, model in models.items():
@@ -92,7 +92,7 @@ def recall(seed, steps, device, keys=64, values=64, batch=32):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizers[kind].step()
             recent[kind] = loss.item()
-        bar.update(step, ", ".join(f"{kind} loss {value:.3f}" for kind, value in recent.items()))
+        bar.update(step / steps, ", ".join(f"{kind} loss {value:.3f}" for kind, value in recent.items()))
     accuracy = {kind: [] for kind in KINDS}
     with torch.no_grad():
         for pairs in TESTED_PAIRS:
@@ -117,7 +117,9 @@ def plot(regressions, recalls, path):
             label = labels[kind] if i == 0 else None
             left.semilogy(range(1, len(errors[kind]) + 1), errors[kind], color=color, label=label)
             right.plot(TESTED_PAIRS, [100 * a for a in accuracy[kind]], "o-", color=color, markersize=4, label=label)
-    left.set(xlabel="pairs seen", ylabel="relative error of the prediction", title="in-context regression, 32 dimensions")
+    left.set(
+        xlabel="pairs seen", ylabel="relative error of the prediction", title="in-context regression, 32 dimensions"
+    )
     right.set(xlabel="pairs", ylabel="% of values right", title=f"associative recall, trained on {TRAINED_PAIRS} pairs")
     right.set_ylim(0, 100)
     for axes in (left, right):
@@ -135,7 +137,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=300, help="training steps of the recall task")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the picture and the numbers")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the picture and the numbers")
     args = parser.parse_args()
 
     regressions = [regression(seed) for seed in range(args.seeds)]

@@ -37,14 +37,10 @@ def _check_tensors(function: str, **tensors: Tensor) -> None:
 
 def _state_pair(function: str, name: str, state: MesaState) -> tuple[Tensor, Tensor]:
     if not (isinstance(state, (tuple, list)) and len(state) == 2 and all(isinstance(h, Tensor) for h in state)):
-        raise TypeError(f"{function}: {name} must be a MesaState or a pair (h_kk, h_kv) of tensors, got {_describe(state)}")
+        raise TypeError(
+            f"{function}: {name} must be a MesaState or a pair (h_kk, h_kv) of tensors, got {type(state).__name__}"
+        )
     return state[0], state[1]
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of ({', '.join(type(item).__name__ for item in value)})"
-    return type(value).__name__
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -97,7 +93,7 @@ def mesa_attention(
     use_qk_l2norm: bool = False,
     return_solver_info: bool = False,
 ) -> tuple[Tensor, MesaState | None] | tuple[Tensor, MesaState | None, SolverInfo]:
-    """The Mesa layer over whole sequences: every token reads out of the ridge regression of all values on all keys so far.
+    """The Mesa layer over whole sequences: every token reads out of the ridge regression of all values on keys so far.
 
     Per sequence and head, with ``Lambda = diag(lamb)``::
 
@@ -106,8 +102,8 @@ def mesa_attention(
         o_t = G_t' (H_t + Lambda)^{-1} q_t
 
     The linear system of each token is solved by conjugate gradients, preconditioned by Lambda and stopped row by row on
-    a guaranteed error. Nothing depends on the scale of the inputs or of the gradients, and a token's result depends, bit
-    for bit, on no later token and on no other sequence.
+    a guaranteed error. Nothing depends on the scale of the inputs or of the gradients, and a token's result depends,
+    bit for bit, on no later token and on no other sequence.
 
     Differentiable once in every floating argument, the states included.
 
@@ -115,16 +111,16 @@ def mesa_attention(
         q: queries ``[B, T, HQ, K]`` in float16, bfloat16 or float32, or in float64 on the CPU; any strides. T may be 0.
         k: keys ``[B, T, HK, K]``, dtype of q. HK divides HS: state head s reads key head ``s // (HS // HK)``.
         v: values ``[B, T, HS, V]``, dtype of q. K and V from 1 to 128 (no upper limit on the CPU).
-        g: natural logarithm of the decay of each token, ``[B, T, HS]``, at most 0; ``-inf`` forgets everything before the
-            token. Any floating dtype; used in float32, as beta and lamb are (float64 if q is float64).
+        g: natural logarithm of the decay of each token, ``[B, T, HS]``, at most 0; ``-inf`` forgets everything before
+            the token. Any floating dtype; used in float32, as beta and lamb are (float64 if q is float64).
         beta: input gate of each token, ``[B, T, HS]``, at least 0.
         lamb: diagonal regulariser ``[HS, K]``, above 0.
-        initial_state: the :class:`MesaState` to start from (N rows, float32, or float64 if q is float64); zeros if None.
-            It is not modified.
+        initial_state: the :class:`MesaState` to start from (N rows, float32, or float64 if q is float64), with a
+            symmetric ``h_kk``; zeros if None. It is not modified.
         output_final_state: whether to return the state after the last token of each sequence.
         cu_seqlens: boundaries ``[N + 1]`` (int32 or int64) of sequences packed along T, for B = 1: sequence n is
-            ``[cu_seqlens[n], cu_seqlens[n + 1])`` and may be empty. On the CPU its values are checked (unless compiled);
-            on the device they are used as they come, without synchronisation. N = B if None.
+            ``[cu_seqlens[n], cu_seqlens[n + 1])`` and may be empty. On the CPU its values are checked (but under
+            torch.compile for CUDA); on the device they are used as they come, without synchronisation. N = B if None.
         max_cg_iterations: most solver steps for a token, at least 1.
         cg_tol: relative error, in the norm ``sqrt(sum_i lamb_i x_i^2)``, at which a token's solve stops; 0 takes
             ``max_cg_iterations`` steps. Default: 1e-3 for 16-bit inputs, 1e-5 for float32, 1e-12 for float64.
@@ -202,8 +198,8 @@ def mesa_decode_step(
             (float64 if q is float64). **Updated in place.** P = B without ``state_indices``.
         max_cg_iterations, cg_tol, use_qk_l2norm: as in :func:`mesa_attention`.
         state_indices: which row of the state each sequence owns, ``[B]`` (int32 or int64) on q's device; -1 skips the
-            sequence: its output is zero. No other row of the state is touched. Rows must not repeat (-1 may). An index out
-            of range is an error on the CPU, and skipped on CUDA, where looking would take a synchronisation.
+            sequence: its output is zero. No other row of the state is touched. Rows must not repeat (-1 may). An index
+            out of range is an error on the CPU, and skipped on CUDA, where looking would take a synchronisation.
 
     Returns:
         ``o [B, max(HQ, HS), V]`` in the dtype of q.
@@ -228,7 +224,8 @@ def mesa_decode_step(
     q, k, v = _autocast(q, k, v)
     if state_indices is not None:
         if not isinstance(state_indices, Tensor):
-            raise TypeError(f"mesa_decode_step: state_indices must be a torch.Tensor, got {type(state_indices).__name__}")
+            kind = type(state_indices).__name__
+            raise TypeError(f"mesa_decode_step: state_indices must be a torch.Tensor, got {kind}")
         if state_indices.dtype == torch.int32:
             state_indices = state_indices.long()
     if use_qk_l2norm:
@@ -236,4 +233,8 @@ def mesa_decode_step(
     if cg_tol is None:
         cg_tol = _CG_TOL.get(q.dtype, 0.0)
     gates = (a.to(compute_dtype(q.dtype)) for a in (g, beta, lamb))
-    return torch.ops.mesa_ext.decode_step(q, k, v, *gates, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol)
+    o = torch.ops.mesa_ext.decode_step(q, k, v, *gates, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol)
+    # So that autograd refuses to use a state that it saved and that has been overwritten since.
+    if not (torch.compiler.is_compiling() or h_kk.is_inference() or h_kv.is_inference()):
+        torch.autograd.graph.increment_version((h_kk, h_kv))
+    return o

@@ -47,8 +47,10 @@ class CausalConv(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.weight, -(self.size**-0.5), self.size**-0.5)
 
-    def forward(self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``x [B, T, C]`` and the inputs before it ``[N, size - 1, C]`` (zeros if None) -> ``y [B, T, C]``, new state."""
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``x [B, T, C]``, inputs before it ``[N, size - 1, C]`` (zeros if None) -> ``y [B, T, C]``, new state."""
         past = self.size - 1
         n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = x.new_zeros(n, past, x.shape[2]) if state is None else state.to(x.dtype)
@@ -81,9 +83,9 @@ class MesaLayer(nn.Module):
 
     Per head: ``q, k = silu(conv(Wx))`` (unit length), ``v = Wx``; input gate ``beta = sigmoid(.)``; decay
     ``sigmoid(.) * (1 - (1 - 0.9975) beta^2)``; ``lamb = lambda_min + softplus(.)``, 1 at the start; then
-    :func:`mesa_ext.mesa_attention`, an RMS norm per head (times ``silu(Wx)`` with ``use_output_gate``) and a projection.
+    :func:`mesa_ext.mesa_attention`, an RMS norm per head (times ``silu(Wx)`` with ``use_output_gate``), a projection.
 
-    The decays start spread over the heads from 0.9 to 0.999 a token, so that some heads remember from the first step on.
+    The decays start spread over the heads from 0.9 to 0.999 a token, so that some heads remember from the first step.
 
     Args:
         hidden_size: width D of the input and the output.
@@ -233,7 +235,9 @@ class MesaLayer(nn.Module):
             return_solver_info=True,
         )
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, lamb: Tensor, state: MesaState) -> Tensor:
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, lamb: Tensor, state: MesaState
+    ) -> Tensor:
         """The operator on one token, ``[B, heads, ...]``, updating ``state`` in place."""
         return mesa_decode_step(
             q,

@@ -12,8 +12,8 @@ try:
     from mesa_ext import _C  # noqa: F401  importing it registers the operators
 except ImportError as error:
     raise ImportError(
-        f"mesa_ext: the compiled library does not load ({error}); build it for this Python and torch {torch.__version__}"
-        " with `pip install --no-build-isolation .` in the source tree"
+        f"mesa_ext: the compiled library does not load ({error}); build it for this Python and torch "
+        f"{torch.__version__} with `pip install --no-build-isolation .` in the source tree"
     ) from error
 
 
@@ -76,7 +76,7 @@ torch.library.register_autograd("mesa_ext::chunk_forward", _backward, setup_cont
 
 
 def _refuse_second_derivative(ctx, *grads: Tensor):
-    raise RuntimeError("mesa_attention: second derivatives are not implemented (the gradient itself is not differentiable)")
+    raise RuntimeError("mesa_attention: second derivatives are not implemented: its gradient is not differentiable")
 
 
 # Without this, differentiating a gradient would give zeros or a vague error instead of an answer.

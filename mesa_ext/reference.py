@@ -46,7 +46,7 @@ def mesa_condition(
     initial_state: tuple[Tensor, Tensor] | None = None,
     stride: int = 1,
 ) -> Tensor:
-    """The condition number of ``H_t + diag(lamb)`` for every `stride`-th token and state head, ``[B, T / stride, HS]``."""
+    """The condition number of ``H_t + diag(lamb)``, ``[B, T / stride, HS]``: of every `stride`-th token and head."""
     v = k.new_zeros(*g.shape, 0)
     if initial_state is not None:
         initial_state = (initial_state[0], initial_state[0][..., :0])

@@ -1,4 +1,4 @@
-"""`python -m mesa_ext.selftest`: what is installed, what the binary was compiled for, and whether its numbers are right.
+"""`python -m mesa_ext.selftest`: what is installed, what the binary was compiled for, whether its numbers are right.
 
 Takes about ten seconds; exit status 1 if anything is wrong.
 """

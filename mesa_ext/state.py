@@ -31,7 +31,7 @@ class MesaState(NamedTuple):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> MesaState:
-        """The state of ``n`` sequences that have seen nothing, for ``heads`` state heads of key width K, value width V."""
+        """The state of ``n`` sequences that have seen nothing, for ``heads`` heads of key width K, value width V."""
         return cls(
             torch.zeros(n, heads, K, K, device=device, dtype=dtype),
             torch.zeros(n, heads, K, V, device=device, dtype=dtype),

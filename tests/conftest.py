@@ -1,4 +1,9 @@
-"""Runs every test that takes `device` on the CPU and, marked gpu, on CUDA; poisons memory that nobody has written yet."""
+"""Runs every test that takes `device` on the CPU and, marked gpu, on CUDA; poisons memory that is not written yet."""
+
+import os
+
+# Before torch starts its threads: idle ones that spin would take the processor from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
 import pytest

@@ -54,7 +54,6 @@ BAD = {
     "integer gate": (dict(beta=lambda a: a.long()), r"beta\b.*int64"),
     "complex q": (dict(q=lambda a: a.to(torch.complex64)), r"q\b.*complex64"),
     "no tensor": (dict(g=lambda a: 0.5), r"g\b.*float"),
-    "k without data": (dict(k=lambda a: a.to("meta")), r"k\b.*meta|meta"),
     "sparse": (dict(lamb=lambda a: a.to_sparse()), r"lamb\b.*[Ss]parse|[Ss]parse"),
     "iterations 0": (dict(max_cg_iterations=0), r"max_cg_iterations\b.*0"),
     "iterations 1.5": (dict(max_cg_iterations=1.5), r"max_cg_iterations\b.*float"),
@@ -180,7 +179,7 @@ def test_devices_are_not_mixed():
 def test_what_cuda_does_not_do():
     wide = {n: (lambda a: a.repeat(*[1] * (a.ndim - 1), 40)) for n in ("q", "k", "lamb")}
     raises(r"128.*not supported on cuda.*160", mesa_attention, **changed(arguments("cuda"), wide))
-    raises(r"128.*not supported on cuda.*120|160", mesa_attention, **changed(
+    raises(r"128.*not supported on cuda.*150", mesa_attention, **changed(
         arguments("cuda"), dict(v=lambda a: a.repeat(1, 1, 1, 50))))  # fmt: skip
     doubles = {n: torch.Tensor.double for n in ("q", "k", "v")}
     raises(r"q must be.*float64.*", mesa_attention, **changed(arguments("cuda"), doubles))

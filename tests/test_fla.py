@@ -24,7 +24,7 @@ def test_signature(name):
     assert str(inspect.Signature(bare)) == SIGNATURES[name]
 
 
-def make_inputs(B, T, H, D, n, dtype=torch.float32):
+def make_inputs(B, T, H, D, n, dtype=torch.float32, device="cpu"):
     torch.manual_seed(0)
     q, v = torch.rand(2, B, T, H, D) / 10
     k = F.normalize(torch.rand(B, T, H, D), dim=-1)
@@ -34,8 +34,8 @@ def make_inputs(B, T, H, D, n, dtype=torch.float32):
     k0 = F.normalize(torch.rand(n, H, D), dim=-1)
     h_kk, h_kv = k0.unsqueeze(-1) * k0.unsqueeze(-2), torch.rand(n, H, D, D)
     inputs = dict(q=q, k=k, v=v, g=g, beta=beta, lamb=lamb)
-    inputs = {name: a.to(dtype if name in "qkv" else torch.float32) for name, a in inputs.items()}
-    return inputs, h_kk, h_kv
+    inputs = {name: a.to(device, dtype if name in "qkv" else torch.float32) for name, a in inputs.items()}
+    return inputs, h_kk.to(device), h_kv.to(device)
 
 
 def relative_error(actual, expected):
@@ -43,10 +43,10 @@ def relative_error(actual, expected):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_chunk_matches_the_dense_reference(packed):
-    bounds = torch.tensor([0, 14, 14, 71]) if packed else None
+def test_chunk_matches_the_dense_reference(packed, device):
+    bounds = torch.tensor([0, 14, 14, 71], device=device) if packed else None
     n = 3 if packed else 2
-    inputs, h_kk, h_kv = make_inputs(1 if packed else 2, 71, 2, 12, n)
+    inputs, h_kk, h_kv = make_inputs(1 if packed else 2, 71, 2, 12, n, device=device)
     leaves = [a.requires_grad_() for a in (*inputs.values(), h_kk, h_kv)]
 
     actual = fla.chunk_mesa_net(
@@ -91,20 +91,22 @@ def test_chunk_dtypes():
     assert fla.chunk_mesa_net(**mixed)[0].dtype == torch.float32
 
 
-def decode_inputs(dtype):
-    inputs, h_kk, h_kv = make_inputs(2, 1, 4, 20, 2, dtype)
+def decode_inputs(dtype, device="cpu"):
+    inputs, h_kk, h_kv = make_inputs(2, 1, 4, 20, 2, dtype, device)
     return {name: a if name == "lamb" else a[:, 0] for name, a in inputs.items()}, h_kk, h_kv
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_decoding(dtype):
-    inputs, h_kk, h_kv = decode_inputs(dtype)
+def test_decoding(dtype, device):
+    inputs, h_kk, h_kv = decode_inputs(dtype, device)
     kept = h_kk.clone(), h_kv.clone()
     h_kk.requires_grad_()
     o, h_kk_new, h_kv_new = fla.mesa_net_decoding_one_step(**inputs, prev_h_kk=h_kk, prev_h_kv=h_kv)
     assert torch.equal(h_kk, kept[0]) and torch.equal(h_kv, kept[1])
     expected, state = mesa_reference(
-        *(inputs[name].unsqueeze(1) for name in ("q", "k", "v", "g", "beta")), inputs["lamb"], initial_state=(h_kk, h_kv)
+        *(inputs[name].unsqueeze(1) for name in ("q", "k", "v", "g", "beta")),
+        inputs["lamb"],
+        initial_state=(h_kk, h_kv),
     )
     assert o.dtype == dtype and h_kk_new.dtype == torch.float32
     assert relative_error(o, expected[:, 0]) < (1e-4 if dtype == torch.float32 else 3e-3)

@@ -30,7 +30,9 @@ def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"value_head_dim": 5, "use_output_gate": True}, {"conv_size": 1}, {"num_heads": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"value_head_dim": 5, "use_output_gate": True}, {"conv_size": 1}, {"num_heads": 1}]
+)
 def test_shapes_and_gradients(options):
     layer = make_layer(**options)
     x = torch.randn(2, 70, D, dtype=torch.float64, requires_grad=True)
@@ -137,7 +139,9 @@ def test_packed_equals_separate(start, dtype):
     state = random_state(layer, n) if start else None
 
     def part(i):
-        return state and MesaLayerState(type(state.mesa)(*(h[i : i + 1] for h in state.mesa)), state.conv_q[i : i + 1], state.conv_k[i : i + 1])
+        return state and MesaLayerState(
+            type(state.mesa)(*(h[i : i + 1] for h in state.mesa)), state.conv_q[i : i + 1], state.conv_k[i : i + 1]
+        )
 
     y, final = layer(x, state, bounds)
     separate = [layer(x[:, bounds[i] : bounds[i + 1]], part(i)) for i in range(n)]
@@ -199,6 +203,28 @@ def test_sixteen_bit_weights(dtype):
         layer(x[:, :1], state)
     assert y.dtype == dtype and state.conv_q.dtype == dtype and state.mesa.h_kv.dtype == torch.float32
     assert y.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_cuda(dtype):
+    """Prompt, generation and gradients as on the CPU in float64, with the same rounded weights and inputs."""
+    layer = make_layer(torch.float32).to(dtype)
+    exact = make_layer()
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 150, D).to(dtype)
+    expected = exact(x.double())[0]
+    layer, x = layer.cuda(), x.cuda()
+    with torch.no_grad():
+        y, state = layer(x[:, :140])
+        y = torch.cat([y, *(layer(x[:, t : t + 1], state)[0] for t in range(140, 150))], 1)
+    bar = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    assert (y.cpu().double() - expected).norm() < bar * expected.norm()
+    layer(x)[0].float().square().mean().backward()
+    expected.square().mean().backward()
+    for name, parameter in layer.named_parameters():
+        reference = exact.get_parameter(name).grad
+        assert (parameter.grad.cpu().double() - reference).norm() < 5 * bar * reference.norm(), name
 
 
 def test_compile_without_graph_break():

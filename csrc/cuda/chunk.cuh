@@ -109,69 +109,23 @@ __device__ __forceinline__ void load_gates(ChunkGates& out, const Gates& gates, 
 
 // ---- rows -------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ int padded_width(const Rows& m) { return (m.width + 7) & ~7; }
+
 __device__ __forceinline__ int64_t row_offset(const Rows& m, const Chunk& c, int token, int head) {
     return c.batch * m.batch_stride + (c.token + token) * m.token_stride + (head / m.group) * m.head_stride;
 }
 
-__device__ __forceinline__ float load1(const Rows& m, int64_t at) {
-    switch (m.dtype) {
-        case DType::f16: return __half2float(static_cast<const __half*>(m.data)[at]);
-        case DType::bf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(m.data)[at]);
-        default: return static_cast<const float*>(m.data)[at];
-    }
-}
-
-__device__ __forceinline__ void store1(const Rows& m, int64_t at, float v) {
-    switch (m.dtype) {
-        case DType::f16: static_cast<__half*>(m.data)[at] = __float2half_rn(v); break;
-        case DType::bf16: static_cast<__nv_bfloat16*>(m.data)[at] = __float2bfloat16_rn(v); break;
-        default: static_cast<float*>(m.data)[at] = v;
-    }
-}
-
-// A warp's 16 rows from first_row on, columns col0 .. col0 + 63; what lies past the width is not written.
-template <typename Pair, typename Round>
-__device__ __forceinline__ void store_strip_pairs(const Rows& m, const Chunk& c, int head, int first_row, int col0, const Acc& acc,
-                                                  int lane, Round round) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int t = first_row + acc_row(lane, half);
-        if (t >= c.length) continue;
-        const int col = col0 + acc_col(lane, 0);
-        Pair* const to = static_cast<Pair*>(m.data) + (row_offset(m, c, t, head) + col) / 2;
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-            if (col + n * 8 < m.width) to[n * 4] = round(acc.c[n][half * 2], acc.c[n][half * 2 + 1]);
-    }
-}
-
-__device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int head, int first_row, int col0, const Acc& acc, int lane) {
-    if (m.aligned) {
-        switch (m.dtype) {
-            case DType::f16:
-                return store_strip_pairs<__half2>(m, c, head, first_row, col0, acc, lane, [](float a, float b) { return __floats2half2_rn(a, b); });
-            case DType::bf16:
-                return store_strip_pairs<__nv_bfloat162>(m, c, head, first_row, col0, acc, lane, [](float a, float b) { return __floats2bfloat162_rn(a, b); });
-            default:
-                return store_strip_pairs<float2>(m, c, head, first_row, col0, acc, lane, [](float a, float b) { return float2{a, b}; });
-        }
-    }
-#pragma unroll
-    for (int e = 0; e < 32; ++e) {
-        const int t = first_row + acc_row(lane, e % 4 / 2), col = col0 + acc_col(lane, e / 4) + e % 2;
-        if (t < c.length && col < m.width) store1(m, row_offset(m, c, t, head) + col, acc.c[e / 4][e % 4]);
-    }
-}
-
-// Columns col .. col + 7 (col a multiple of 8).
+// Columns col .. col + 7 (col a multiple of 8); zero past the width and its padding.
+template <bool Float32>
 __device__ __forceinline__ void load8(float (&v)[8], const Rows& m, int64_t at, int col) {
-    if (m.aligned && col < m.width) {
-        if (m.dtype == DType::f32) {
-            const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(m.data) + at + col);
-            const float4 a = p[0], b = p[1];
-            v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-            return;
-        }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = 0.f;
+    if (col >= m.width) return;
+    if constexpr (Float32) {
+        const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(m.data) + at + col);
+        const float4 a = p[0], b = p[1];
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    } else {
         const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(m.data) + at + col);
         const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
@@ -180,10 +134,48 @@ __device__ __forceinline__ void load8(float (&v)[8], const Rows& m, int64_t at, 
                                                    : float2{__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u)};
             v[i * 2] = f.x, v[i * 2 + 1] = f.y;
         }
-        return;
     }
+}
+
+__device__ __forceinline__ void load8(float (&v)[8], const Rows& m, int64_t at, int col) {
+    if (m.dtype == DType::f32) load8<true>(v, m, at, col);
+    else load8<false>(v, m, at, col);
+}
+
+// A warp's 16 rows from first_row on, columns col0 .. col0 + 63.
+__device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int head, int first_row, int col0, const Acc& acc, int lane) {
+    const int columns = padded_width(m) - col0 - acc_col(lane, 0);  // from this lane's first one on
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = col + i < m.width ? load1(m, at + col + i) : 0.f;
+    for (int half = 0; half < 2; ++half) {
+        const int t = first_row + acc_row(lane, half);
+        if (t >= c.length) continue;
+        const int64_t at = row_offset(m, c, t, head) + col0 + acc_col(lane, 0);
+        if (m.dtype == DType::f32) {
+            float* const to = static_cast<float*>(m.data) + at;
+#pragma unroll
+            for (int n = 0; n < 8; ++n)
+                if (n * 8 < columns) *reinterpret_cast<float2*>(to + n * 8) = {acc.c[n][half * 2], acc.c[n][half * 2 + 1]};
+        } else {
+            uint16_t* const to = static_cast<uint16_t*>(m.data) + at;
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                const float a = acc.c[n][half * 2], b = acc.c[n][half * 2 + 1];
+                const __nv_bfloat162 brain = __floats2bfloat162_rn(a, b);
+                const uint32_t pair = m.dtype == DType::f16 ? pack(a, b) : reinterpret_cast<const uint32_t&>(brain);
+                if (n * 8 < columns) *reinterpret_cast<uint32_t*>(to + n * 8) = pair;
+            }
+        }
+    }
+}
+
+// Asks for the rows of a chunk, columns col0 .. col0 + columns - 1, to come to the L2 cache.
+template <int Threads>
+__device__ __forceinline__ void prefetch_rows(const Rows& m, const Chunk& c, int head, int col0, int columns) {
+    constexpr int kLine = 128, kLanes = Threads / kChunk;  // bytes; threads for a row
+    const int t = threadIdx.x / kLanes, size = m.dtype == DType::f32 ? 4 : 2, end = min(col0 + columns, m.width) * size;
+    if (t >= c.length) return;
+    const char* const row = static_cast<const char*>(m.data) + row_offset(m, c, t, head) * size;
+    for (int at = col0 * size + threadIdx.x % kLanes * kLine; at < end; at += kLanes * kLine) ptx::prefetch_l2(row + at);
 }
 
 __device__ __forceinline__ float max_abs(const float (&v)[8]) {
@@ -208,20 +200,21 @@ __device__ __forceinline__ void store_panel8(__half* panel, int row, int col, co
 }
 
 // The 64 rows of a chunk, columns col0 .. col0 + 64 Panels - 1, into panels; every row is scaled by a power of two so
-// that its largest element lies in [2^target, 2^(target + 1)). row_scale[t] undoes it. Eight lanes share a row.
-template <int Panels, int Terms>
+// that its largest element lies in [2^target, 2^(target + 1)). row_scale[t] undoes it. Eight lanes share a row. Two terms
+// are for what is not exact in one: float32.
+template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads>
 __device__ __forceinline__ void load_rows(__half* panels, float* row_scale, const Rows& m, const Chunk& c, int head, int col0,
                                           int target) {
-#pragma unroll 2  // all four at once would need more registers than there are
-    for (int pass = 0; pass < 4; ++pass) {
-        const int t = pass * 16 + threadIdx.x / 8, col = (threadIdx.x % 8) * 8;
+    constexpr int kRowsAtOnce = Threads / 8;
+#pragma unroll 2  // all four of 128 threads at once would need more registers than there are
+    for (int pass = 0; pass < kChunk / kRowsAtOnce; ++pass) {
+        const int t = pass * kRowsAtOnce + threadIdx.x / 8, col = (threadIdx.x % 8) * 8;
         float v[Panels][8];
         float amax = 0.f;
 #pragma unroll
         for (int i = 0; i < Panels; ++i) {
-#pragma unroll
-            for (int e = 0; e < 8; ++e) v[i][e] = 0.f;
-            if (t < c.length) load8(v[i], m, row_offset(m, c, t, head), col0 + i * kChunk + col);
+            const int past = t < c.length ? 0 : m.width;  // rows past the end read as zero like columns past the width
+            load8<Float32>(v[i], m, row_offset(m, c, t, head), col0 + i * kChunk + col + past);
             amax = fmaxf(amax, max_abs(v[i]));
         }
 #pragma unroll
@@ -259,10 +252,10 @@ __device__ __forceinline__ int64_t state_tile(const SplitStates& s, int64_t slot
 }
 
 // Copies panels as they lie.
-template <int Panels>
+template <int Panels, int Threads = kThreads>
 __device__ __forceinline__ void copy_panels(__half* to, const __half* from) {
 #pragma unroll 8
-    for (int i = threadIdx.x; i < Panels * kPanel / 8; i += kThreads)
+    for (int i = threadIdx.x; i < Panels * kPanel / 8; i += Threads)
         reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
 }
 

@@ -33,8 +33,24 @@ __device__ __forceinline__ float warp_max(float v) {
     return v;
 }
 
+// Element `col` of a [B, 1, heads, width] tensor's row, zero past the width.
 __device__ __forceinline__ float row_value(const Rows& m, int b, int head, int col) {
-    return col < m.width ? load1(m, b * m.batch_stride + (head / m.group) * m.head_stride + col) : 0.f;
+    if (col >= m.width) return 0.f;
+    const int64_t at = b * m.batch_stride + (head / m.group) * m.head_stride + col;
+    switch (m.dtype) {
+        case DType::f16: return __half2float(static_cast<const __half*>(m.data)[at]);
+        case DType::bf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(m.data)[at]);
+        default: return static_cast<const float*>(m.data)[at];
+    }
+}
+
+__device__ __forceinline__ void set_row_value(const Rows& m, int b, int head, int col, float v) {
+    const int64_t at = b * m.batch_stride + head * m.head_stride + col;
+    switch (m.dtype) {
+        case DType::f16: static_cast<__half*>(m.data)[at] = __float2half_rn(v); break;
+        case DType::bf16: static_cast<__nv_bfloat16*>(m.data)[at] = __float2bfloat16_rn(v); break;
+        default: static_cast<float*>(m.data)[at] = v;
+    }
 }
 
 // N elements of a row from column col on; zero past the width.
@@ -76,7 +92,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2) decode_kernel(const __grid_con
     const int64_t state = a.state_indices ? a.state_indices[b] : b;
     if (state < 0 || state >= a.pool) {
         for (int i = threadIdx.x; i < queries * a.V; i += kWarps * 32)
-            store1(a.out, b * a.out.batch_stride + (head * queries + i / a.V) * a.out.head_stride + i % a.V, 0.f);
+            set_row_value(a.out, b, head * queries + i / a.V, i % a.V, 0.f);
         return;
     }
 
@@ -203,7 +219,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2) decode_kernel(const __grid_con
                 float sum = 0.f;
 #pragma unroll
                 for (int w = 0; w < kWarps; ++w) sum += partial[w][i];
-                store1(a.out, b * a.out.batch_stride + out_head * a.out.head_stride + i, sum);
+                set_row_value(a.out, b, out_head, i, sum);
             }
         }
         __syncthreads();

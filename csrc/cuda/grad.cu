@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const int col0 = (is_v ? ct : ct - v_tiles) * kChunk;
         const float sign = is_v ? 1.f : -1.f;
         __syncthreads();
-        load_rows<1, 2>(sm.d_o, sm.do_scale, is_v ? a.d_o : a.w, chunk, head, col0, 4);
+        if (is_v) load_rows<1, 2, Terms == 2>(sm.d_o, sm.do_scale, a.d_o, chunk, head, col0, 4);
+        else load_rows<1, 2>(sm.d_o, sm.do_scale, a.w, chunk, head, col0, 4);
         if (is_v) load_rows<1, Terms>(sm.v, sm.v_scale, a.v, chunk, head, col0, 0);
         copy_panels<KTiles * 2>(sm.state, tile_of(a.adjoints, ds_place + ct));
         __syncthreads();
@@ -201,21 +202,17 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         mma_ABt<2>(qk, k, sm.x + kt * 2 * kPanel, lane);
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int j = first_row + acc_row(lane, half);
+    for (int n = 0; n < 8; ++n)
 #pragma unroll
-        for (int n = 0; n < 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int i = acc_col(lane, n) + e;
-                const float rho = i >= j ? sm.gates.decay(i, j) : 0.f, x_scale = sm.x_scale[i];
-                float& product = qk.c[n][half * 2 + e];
-                float& score = scores.c[n][half * 2 + e];
-                product = i >= j ? product * (rho * x_scale * sm.k_scale[j]) : 0.f;
-                sm.crossing[crossing_offset(j, i)] = i >= j ? product * score * sm.gates.beta[j] : 0.f;
-                score = i >= j ? score * (rho * x_scale) : 0.f;
-            }
-    }
+        for (int e = 0; e < 4; ++e) {
+            const int j = first_row + acc_row(lane, e / 2), i = acc_col(lane, n) + e % 2;
+            const float rho = sm.gates.decay(i, j) * sm.x_scale[i];
+            float& product = qk.c[n][e];
+            float& score = scores.c[n][e];
+            product = i >= j ? product * (rho * sm.k_scale[j]) : 0.f;
+            sm.crossing[crossing_offset(j, i)] = i >= j ? product * score * sm.gates.beta[j] : 0.f;
+            score = i >= j ? score * rho : 0.f;
+        }
     float down[2];
     normalise_rows(scores, down, 8);
 #pragma unroll
@@ -265,7 +262,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const int col0 = (is_v ? ct : ct - v_tiles) * kChunk;
         const float sign = is_v ? 1.f : -1.f;
         __syncthreads();
-        load_rows<1, 2>(sm.d_o, sm.do_scale, is_v ? a.d_o : a.w, chunk, head, col0, 4);
+        if (is_v) load_rows<1, 2, Terms == 2>(sm.d_o, sm.do_scale, a.d_o, chunk, head, col0, 4);
+        else load_rows<1, 2>(sm.d_o, sm.do_scale, a.w, chunk, head, col0, 4);
         copy_panels<KTiles * 2>(sm.state, tile_of(a.adjoints, ds_place + ct));
         __syncthreads();
 
@@ -312,9 +310,11 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 
     // dlamb = -sum_t w_t o x_t
     if (t < a.problem.K) {
+        const float* const w = static_cast<const float*>(a.w.data) + row_offset(a.w, chunk, 0, head) + t;
+        const float* const x = static_cast<const float*>(a.x.data) + row_offset(a.x, chunk, 0, head) + t;
         float sum = 0.f;
-        for (int i = 0; i < chunk.length; ++i)
-            sum -= load1(a.w, row_offset(a.w, chunk, i, head) + t) * load1(a.x, row_offset(a.x, chunk, i, head) + t);
+#pragma unroll 8
+        for (int i = 0; i < chunk.length; ++i) sum -= w[i * a.w.token_stride] * x[i * a.x.token_stride];
         a.dlamb[(slot * a.heads + head) * a.problem.K + t] = sum;
     }
 }

@@ -20,7 +20,7 @@ struct Shared {
 };
 
 template <int DTiles, int QueryTerms, int Terms, bool Transposed>
-__global__ void __launch_bounds__(kThreads, 2) readout_kernel(const __grid_constant__ ReadoutArgs a) {
+__global__ void __launch_bounds__(kThreads, DTiles == 1 && Terms == 1 ? 3 : 2) readout_kernel(const __grid_constant__ ReadoutArgs a) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     auto& sm = *reinterpret_cast<Shared<DTiles, QueryTerms, Terms>*>(shared_bytes);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -47,7 +47,7 @@ __device__ __forceinline__ float2 direction_at(const Operand<1>& p, int n, int h
 }
 
 template <int KTiles, int KeyTerms>
-__global__ void __launch_bounds__(kThreads, 2) solve_kernel(const __grid_constant__ SolveArgs a) {
+__global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(const __grid_constant__ SolveArgs a) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     auto& sm = *reinterpret_cast<Shared<KTiles, KeyTerms>*>(shared_bytes);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2) solve_kernel(const __grid_constan
             }
         }
         // (P K') o M, some tokens j at a time, to keep within the registers; this warp's rows see none past its last.
-        constexpr int kTokens = KeyTerms == 2 ? 16 : 32;
+        constexpr int kTokens = KTiles == 2 && KeyTerms == 1 ? 32 : 16;
         for (int first = 0; first <= first_row; first += kTokens) {
             float scores[kTokens / 8][4] = {};
 #pragma unroll
@@ -258,27 +258,20 @@ __global__ void __launch_bounds__(kThreads, 2) solve_kernel(const __grid_constan
             }
     }
 
-    const int K = a.problem.K;
     const Chunk to_write = find_chunk(a.problem, slot ^ zero_for_next);  // found anew rather than kept
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int t = first_row + acc_row(lane, half);
         if (t >= to_write.length) continue;
-        const int64_t token = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + head;
+        float* const to = static_cast<float*>(a.x.data) + row_offset(a.x, to_write, t, head) + acc_col(lane, 0);
         const float scale = sm.rhs_scale[t];
 #pragma unroll 4
         for (int i = 0; i < KTiles * 8; ++i) {
             const float4 x = sm.x[i * kThreads + threadIdx.x];
-            const int col = i / 8 * kChunk + acc_col(lane, i % 8);
             const float2 v = {(half ? x.z : x.x) * scale, (half ? x.w : x.y) * scale};
-            float* const to = a.x + token * K + col;
-            if (K % 2 == 0 && col < K) {
-                *reinterpret_cast<float2*>(to) = v;
-            } else {
-                if (col < K) to[0] = v.x;
-                if (col + 1 < K) to[1] = v.y;
-            }
+            if (acc_col(lane, i) < padded_width(a.x)) *reinterpret_cast<float2*>(to + i * 8) = v;
         }
+        const int64_t token = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + head;
         if (lane % 4 == half) {
             if (a.steps) a.steps[token] = row.steps;
             if (a.bound) a.bound[token] = sqrtf(row.bound_squared());

@@ -29,7 +29,7 @@ void check(cudaError_t status, const char* what) {
     std::exit(1);
 }
 
-// ---- device arrays ------------------------------------------------------------------------------------------------
+// ---- device arrays -------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct Array {
@@ -60,18 +60,24 @@ struct Array {
 
 Array<float> floats(const Vec& v) { return Array<float>(std::vector<float>(v.begin(), v.end())); }
 
+// Rows [B, T, heads, width] lie in memory padded to a multiple of 8 elements.
+int padded(int width) { return (width + 7) / 8 * 8; }
+
+Rows make_rows(void* data, int64_t T, int heads, int width, int64_t row, DType dtype) {
+    return {data, T * heads * row, heads * row, row, dtype, width, 1};
+}
+
 // [B, T, heads, width] in some dtype; `values` become what the dtype can hold.
 struct Matrix {
     Array<uint8_t> bytes;
     Rows rows;
 
     Matrix(Vec& values, DType dtype, int64_t T, int heads, int width)
-        : bytes(encode(values, dtype)),
-          rows{bytes.data, T * heads * width, int64_t(heads) * width, width, dtype, width, 1, width % 8 == 0} {}
+        : bytes(encode(values, dtype, width)), rows(make_rows(bytes.data, T, heads, width, padded(width), dtype)) {}
 
-    static std::vector<uint8_t> encode(Vec& values, DType dtype) {
+    static std::vector<uint8_t> encode(Vec& values, DType dtype, int width) {
         const size_t size = dtype == DType::f32 ? 4 : 2;
-        std::vector<uint8_t> out(values.size() * size);
+        std::vector<uint8_t> out(values.size() / width * padded(width) * size);
         for (size_t i = 0; i < values.size(); ++i) {
             const float f = static_cast<float>(values[i]);
             const __half h = __float2half(f);
@@ -79,17 +85,34 @@ struct Matrix {
             values[i] = dtype == DType::f32 ? f : dtype == DType::f16 ? __half2float(h) : __bfloat162float(b);
             const void* from = dtype == DType::f32 ? static_cast<const void*>(&f)
                                : dtype == DType::f16 ? static_cast<const void*>(&h) : static_cast<const void*>(&b);
-            std::memcpy(&out[i * size], from, size);
+            std::memcpy(&out[(i / width * padded(width) + i % width) * size], from, size);
         }
         return out;
     }
 };
 
-Rows float_rows(const Array<float>& a, int64_t T, int heads, int width) {
-    return {a.data, T * heads * width, int64_t(heads) * width, width, DType::f32, width, 1, width % 8 == 0};
-}
+// A float32 result [B, T, heads, width].
+struct Output {
+    Array<float> data;
+    Rows rows;
 
-// ---- inputs -------------------------------------------------------------------------------------------------------
+    Output(int B, int64_t T, int heads, int width, int row)
+        : data(B * T * heads * row), rows(make_rows(data.data, T, heads, width, row, DType::f32)) {}
+    Output(int B, int64_t T, int heads, int width) : Output(B, T, heads, width, padded(width)) {}
+
+    // Without the padding, whose every element must be zero.
+    Vec doubles() const {
+        const Vec all = data.doubles();
+        Vec out;
+        for (size_t i = 0; i < all.size(); ++i) {
+            if (int64_t(i) % rows.head_stride < rows.width) out.push_back(all[i]);
+            else if (all[i] != 0) out[0] = NAN;
+        }
+        return out;
+    }
+};
+
+// ---- inputs --------------------------------------------------------------------------------------------------------
 
 struct Inputs {
     int B, H, K, V;
@@ -138,7 +161,7 @@ struct Inputs {
     }
 };
 
-// ---- float64 reference: one token after the other, one Cholesky factorisation each -----------------------------------
+// ---- float64 reference: one token after the other, one Cholesky factorisation each ---------------------------------
 
 Vec cholesky(const double* h, const double* lamb, int K) {
     Vec L(h, h + K * K);
@@ -193,8 +216,12 @@ Results reference(const Inputs& in) {
                 Vec S = states.back();
                 for (int i = 0; i < K; ++i)
                     for (int c = 0; c < W; ++c)
-                        S[i * W + c] = std::exp(in.g[at]) * S[i * W + c] + in.beta[at] * in.k[at * K + i] * value(at, c);
-                for (int i = 0; i < K; ++i) std::copy_n(&S[i * W + V], K, &kk[i * K]), std::copy_n(&S[i * W], V, &kv[i * V]);
+                        S[i * W + c] =
+                            std::exp(in.g[at]) * S[i * W + c] + in.beta[at] * in.k[at * K + i] * value(at, c);
+                for (int i = 0; i < K; ++i) {
+                    std::copy_n(&S[i * W], V, &kv[i * V]);
+                    std::copy_n(&S[i * W + V], K, &kk[i * K]);
+                }
                 factors.push_back(cholesky(kk, lamb, K));
                 double* const x = &r.x[at * K];
                 std::copy_n(&in.q[at * K], K, x);
@@ -236,7 +263,7 @@ Results reference(const Inputs& in) {
     return r;
 }
 
-// ---- the kernels ----------------------------------------------------------------------------------------------------
+// ---- the kernels ---------------------------------------------------------------------------------------------------
 
 // All device arrays of one forward and backward pass, and its launches.
 struct Pass {
@@ -247,7 +274,8 @@ struct Pass {
     Array<float> g, beta, lamb, h_kk, h_kv;
     Array<__half> state_panels, adjoint_panels;
     Array<float> state_scales, adjoint_scales;
-    Array<float> x, o, dx, dq, dk, dv, dg, dbeta, dlamb, end_kk, end_kv, dh_kk, dh_kv, bound;
+    Output x, o, dx, dq, dk, dv;
+    Array<float> dg, dbeta, dlamb, end_kk, end_kv, dh_kk, dh_kv, bound;
     Array<int> steps;
     bool with_start;
     int max_iterations;
@@ -255,15 +283,17 @@ struct Pass {
 
     // Rounds q, k, v and d_o of `in` to its dtype.
     Pass(Inputs& in, int max_iterations, float tolerance)
-        : problem{in.T, in.sequences(), nullptr, in.K, in.V}, H(in.H), bounds(in.bounds), q(in.q, in.dtype, in.T, H, in.K),
-          k(in.k, in.dtype, in.T, H, in.K), v(in.v, in.dtype, in.T, H, in.V), d_o(in.d_o, in.dtype, in.T, H, in.V),
-          g(floats(in.g)), beta(floats(in.beta)), lamb(padded(in)), h_kk(floats(in.h_kk)), h_kv(floats(in.h_kv)),
+        : problem{in.T, in.sequences(), nullptr, in.K, in.V}, H(in.H), bounds(in.bounds),
+          q(in.q, in.dtype, in.T, H, in.K), k(in.k, in.dtype, in.T, H, in.K), v(in.v, in.dtype, in.T, H, in.V),
+          d_o(in.d_o, in.dtype, in.T, H, in.V),
+          g(floats(in.g)), beta(floats(in.beta)), lamb(padded_lamb(in)), h_kk(floats(in.h_kk)), h_kv(floats(in.h_kv)),
           state_panels(panels(in) * kPanel), adjoint_panels(panels(in) * kPanel), state_scales(scales(in)),
-          adjoint_scales(scales(in)), x(in.q.size()), o(in.v.size()), dx(in.q.size()), dq(in.q.size()), dk(in.q.size()),
-          dv(in.v.size()), dg(in.g.size()), dbeta(in.g.size()), dlamb(slots(in) * in.H * in.K),
+          adjoint_scales(scales(in)), x(in.B, in.T, H, in.K), o(in.B, in.T, H, in.V), dx(in.B, in.T, H, in.K),
+          dq(in.B, in.T, H, in.K), dk(in.B, in.T, H, in.K), dv(in.B, in.T, H, in.V), dg(in.g.size()),
+          dbeta(in.g.size()), dlamb(slots(in) * in.H * in.K),
           end_kk(size_t(in.sequences()) * H * in.K * in.K), end_kv(size_t(in.sequences()) * H * in.K * in.V),
-          dh_kk(end_kk.count), dh_kv(end_kv.count), bound(in.g.size()), steps(in.g.size()), with_start(!in.h_kk.empty()),
-          max_iterations(max_iterations), tolerance(tolerance) {
+          dh_kk(end_kk.count), dh_kv(end_kv.count), bound(in.g.size()), steps(in.g.size()),
+          with_start(!in.h_kk.empty()), max_iterations(max_iterations), tolerance(tolerance) {
         if (bounds.count) problem.cu_seqlens = bounds.data;
         check(cudaMemset(dlamb.data, 0, dlamb.count * sizeof(float)), "cudaMemset");  // slots may be unused
     }
@@ -274,7 +304,7 @@ struct Pass {
     static size_t slots(const Inputs& in) { return shape(in).slots(); }
     static size_t panels(const Inputs& in) { return slots(in) * in.H * split_state_panels(shape(in)); }
     static size_t scales(const Inputs& in) { return slots(in) * in.H * (tiles(in.V) + tiles(in.K)); }
-    static Array<float> padded(const Inputs& in) {
+    static Array<float> padded_lamb(const Inputs& in) {
         const int width = tiles(in.K) * kChunk;
         Vec out(size_t(in.H) * width, 1.0);
         for (int h = 0; h < in.H; ++h) std::copy_n(&in.lamb[h * in.K], in.K, &out[h * width]);
@@ -282,36 +312,35 @@ struct Pass {
     }
 
     Gates gates() const { return {g.data, beta.data, H, 1}; }
-    Rows rows(const Array<float>& a, int width) const { return float_rows(a, problem.T, H, width); }
     SplitStates states() const { return {state_panels.data, state_scales.data, H, 1}; }
     SplitStates adjoints() const { return {adjoint_panels.data, adjoint_scales.data, H, 1}; }
 
     void chunk_states() const {
         check(launch_chunk_states({problem, k.rows, {v.rows, k.rows}, gates(), with_start ? h_kv.data : nullptr,
-                                   with_start ? h_kk.data : nullptr, end_kv.data, end_kk.data, states(), H, 1, false}, nullptr),
-              "chunk_states");
+                                   with_start ? h_kk.data : nullptr, end_kv.data, end_kk.data, states(), H, 1, false},
+                                  nullptr), "chunk states");
     }
-    void solve(const Rows& rhs, const Array<float>& to) const {
-        check(launch_solve({problem, rhs, k.rows, gates(), lamb.data, states(), to.data, steps.data, bound.data, H,
+    void solve(const Rows& rhs, const Output& to) const {
+        check(launch_solve({problem, rhs, k.rows, gates(), lamb.data, states(), to.rows, steps.data, bound.data, H,
                             max_iterations, tolerance}, nullptr), "solve");
     }
     void solve_forward() const { solve(q.rows, x); }
     void readout() const {
-        check(launch_readout({problem, rows(x, problem.K), k.rows, v.rows, gates(), states(), rows(o, problem.V), H, false},
+        check(launch_readout({problem, x.rows, k.rows, v.rows, gates(), states(), o.rows, H, false},
                              nullptr), "readout");
     }
     void readout_transposed() const {
-        check(launch_readout({problem, d_o.rows, v.rows, k.rows, gates(), states(), rows(dx, problem.K), H, true}, nullptr),
+        check(launch_readout({problem, d_o.rows, v.rows, k.rows, gates(), states(), dx.rows, H, true}, nullptr),
               "transposed readout");
     }
-    void solve_backward() const { solve(rows(dx, problem.K), dq); }
+    void solve_backward() const { solve(dx.rows, dq); }
     void adjoint_states() const {
-        check(launch_chunk_states({problem, rows(x, problem.K), {d_o.rows, rows(dq, problem.K)}, gates(), nullptr, nullptr,
+        check(launch_chunk_states({problem, x.rows, {d_o.rows, dq.rows}, gates(), nullptr, nullptr,
                                    dh_kv.data, dh_kk.data, adjoints(), H, 1, true}, nullptr), "adjoint states");
     }
     void gradients() const {
-        check(launch_grad({problem, rows(x, problem.K), rows(dq, problem.K), d_o.rows, k.rows, v.rows, gates(), states(),
-                           adjoints(), rows(dk, problem.K), rows(dv, problem.V), dg.data, dbeta.data, dlamb.data, H}, nullptr),
+        check(launch_grad({problem, x.rows, dq.rows, d_o.rows, k.rows, v.rows, gates(), states(),
+                           adjoints(), dk.rows, dv.rows, dg.data, dbeta.data, dlamb.data, H}, nullptr),
               "grad");
     }
 
@@ -335,7 +364,7 @@ struct Pass {
     }
 };
 
-// ---- tests ----------------------------------------------------------------------------------------------------------
+// ---- tests ---------------------------------------------------------------------------------------------------------
 
 double relative_error(const Vec& actual, const Vec& expected) {
     double error = 0, norm = 0;
@@ -368,15 +397,14 @@ const char* name(DType d) { return d == DType::f16 ? "f16" : d == DType::bf16 ? 
 
 bool test_chunks(int B, int64_t T, int H, int K, int V, DType dtype, std::vector<int64_t> bounds) {
     Inputs in(B, T, H, K, V, dtype, std::move(bounds));
-    const Results actual = Pass(in, 50, 1e-5f).run();
-    const Results expected = reference(in);  // after Pass has rounded the inputs
+    const Results a = Pass(in, 50, 1e-5f).run();
+    const Results e = reference(in);  // after Pass has rounded the inputs
     const std::string title = std::string(name(dtype)) + " B=" + std::to_string(B) + " T=" + std::to_string(T) + " K=" +
                               std::to_string(K) + " V=" + std::to_string(V) + (in.bounds.empty() ? "" : " packed");
-    return report(title, {{"o", actual.o, expected.o}, {"x", actual.x, expected.x}, {"h_kk", actual.h_kk, expected.h_kk},
-                          {"h_kv", actual.h_kv, expected.h_kv}, {"dq", actual.dq, expected.dq}, {"dk", actual.dk, expected.dk},
-                          {"dv", actual.dv, expected.dv}, {"dg", actual.dg, expected.dg}, {"dbeta", actual.dbeta, expected.dbeta},
-                          {"dlamb", actual.dlamb, expected.dlamb}, {"dh_kk", actual.dh_kk, expected.dh_kk},
-                          {"dh_kv", actual.dh_kv, expected.dh_kv}}, 1e-3);
+    return report(title, {{"o", a.o, e.o}, {"x", a.x, e.x}, {"h_kk", a.h_kk, e.h_kk}, {"h_kv", a.h_kv, e.h_kv},
+                          {"dq", a.dq, e.dq}, {"dk", a.dk, e.dk}, {"dv", a.dv, e.dv}, {"dg", a.dg, e.dg},
+                          {"dbeta", a.dbeta, e.dbeta}, {"dlamb", a.dlamb, e.dlamb}, {"dh_kk", a.dh_kk, e.dh_kk},
+                          {"dh_kv", a.dh_kv, e.dh_kv}}, 1e-3);
 }
 
 // Decode takes sequences of one token: rows 2 and 0 of a pool of three; the middle one of three sequences is skipped.
@@ -400,9 +428,10 @@ bool test_decode(int K, int V, DType dtype) {
         return results;
     };
     Array<float> g = floats(in.g), beta = floats(in.beta), lamb = floats(in.lamb), h_kk = floats(pooled(in.h_kk)),
-                 h_kv = floats(pooled(in.h_kv)), o(in.v.size());
+                 h_kv = floats(pooled(in.h_kv));
+    Output o(B, 1, H, V, V);
     Array<int64_t> state_indices(indices);
-    check(launch_decode({q.rows, k.rows, v.rows, float_rows(o, 1, H, V), g.data, beta.data, lamb.data, h_kk.data, h_kv.data,
+    check(launch_decode({q.rows, k.rows, v.rows, o.rows, g.data, beta.data, lamb.data, h_kk.data, h_kv.data,
                          state_indices.data, pool, B, H, H, K, V, 50, 1e-5f}, nullptr), "decode");
     check(cudaDeviceSynchronize(), "decode");
     return report(std::string("decode ") + name(dtype) + " K=" + std::to_string(K) + " V=" + std::to_string(V),
@@ -424,7 +453,7 @@ bool test() {
     return ok;
 }
 
-// ---- times ----------------------------------------------------------------------------------------------------------
+// ---- times ---------------------------------------------------------------------------------------------------------
 
 float median_ms(int runs, const std::function<void()>& work) {
     cudaEvent_t start, stop;
@@ -444,7 +473,8 @@ float median_ms(int runs, const std::function<void()>& work) {
 }
 
 void bench(int B, int64_t T, int H, int K, int V, int runs) {
-    std::printf("B=%d T=%lld H=%d K=%d V=%d, f16, tolerance 1e-3, median of %d\n", B, static_cast<long long>(T), H, K, V, runs);
+    std::printf("B=%d T=%lld H=%d K=%d V=%d, f16, tolerance 1e-3, median of %d\n", B,
+                static_cast<long long>(T), H, K, V, runs);
     Inputs in(B, T, H, K, V, DType::f16, {}, false);
     const Pass pass(in, 30, 1e-3f);
     float total = 0;
