@@ -145,7 +145,11 @@ def run_bench(args):
 
 
 def run_accuracy(args):
-    return json_of("accuracy.py")
+    # The reference of a long text takes seconds: there only what the short one cannot show, the largest conditions.
+    return {
+        "short": json_of("accuracy.py", "--tokens", 512),
+        "long": json_of("accuracy.py", "--tokens", 4096, "--dtypes", "bf16", "--scales", 1e-6),
+    }
 
 
 def run_fla(args):
