@@ -16,7 +16,6 @@ from tests.regimes import (
     dtypes,
     evaluate,
     output_gradients,
-    solver_steps,
 )
 
 HEADS = [(1, 1, 1), (2, 2, 2), (4, 2, 2), (4, 1, 2), (1, 1, 3), (2, 2, 4), (2, 4, 4)]  # HQ, HK, HS
@@ -69,9 +68,20 @@ def problems(draw_from, device):
 
 @given(data=st.data())
 def test_against_the_reference(device, data):
+    """Every tensor, however small, with the solver's own error out of the way.
+
+    A dg of two tokens can cancel to 1e-3 of what it is summed from, and magnifies the default tolerance of 16-bit inputs
+    (1e-3) past any bar. That tolerance is judged in test_accuracy.py, in all regimes, on tensors of real size.
+    """
     inputs, gradients = data.draw(problems(device))
-    steps = solver_steps(inputs.q.dtype)
-    ours = evaluate(mesa_attention, inputs, gradients, output_final_state=True, max_cg_iterations=steps)
+    ours = evaluate(
+        mesa_attention,
+        inputs,
+        gradients,
+        output_final_state=True,
+        max_cg_iterations=256,
+        cg_tol=1e-5 if inputs.q.dtype.itemsize == 2 else None,
+    )
     assert_accurate(inputs, ours, gradients)
 
 
