@@ -16,6 +16,7 @@
 #include <new>
 #include <numeric>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
@@ -94,6 +95,12 @@ void transpose(View<T> from, int64_t rows, int64_t columns, View<T> to) {
         for (int64_t j0 = 0; j0 < columns; j0 += kTile)
             for (int64_t j = j0; j < std::min(columns, j0 + kTile); ++j)
                 for (int64_t i = i0; i < std::min(rows, i0 + kTile); ++i) to.row(j)[i] = from.row(i)[j];
+}
+
+// The same numbers in another type.
+template <typename From, typename To>
+void convert(View<From> from, int64_t rows, int64_t columns, View<To> to) {
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(from.row(i), columns, to.row(i));
 }
 
 // ------------------------------------------------------------------------------------------- tokens, heads and chunks
@@ -203,6 +210,17 @@ struct Block {
     View<T> k() const { return u.columns_from(k_column); }
     View<T> vt() const { return ut; }
     View<T> kt() const { return ut.rows_from(k_column); }
+
+    // The same tokens in float64, as far as `attend` reads them. The padding of the two types differs.
+    template <typename From>
+    void widen(const Block<From>& from, int64_t K, int64_t V) {
+        count = from.count;
+        convert<From, T>(from.v(), kChunk, V, v());
+        convert<From, T>(from.k(), kChunk, K, k());
+        convert<From, T>(from.kt(), K, kChunk, kt());
+        convert<From, T>(from.mask, kChunk, kChunk, mask);
+        std::copy_n(from.gates.in, kChunk, gates.in);
+    }
 
     void load(const Heads<T>& k_heads, int64_t k_head, const Heads<T>& v_heads, const Heads<T>& g,
               const Heads<T>& beta, Chunk chunk, int64_t head, bool transpose_v) {
@@ -357,11 +375,12 @@ struct Solver {
     Matrix<T> x;  // out: solutions
     Matrix<T> p, ap, scores;
     std::vector<CgRow<T>> rows;
+    std::vector<T> curvature;  // largest 1 / step length: close to the largest eigenvalue of (H_i + Lambda) / Lambda
     std::vector<int> active;
 
     Solver(int64_t capacity, int64_t width)
         : K(width), b(capacity, K), x(capacity, K), p(capacity, K), ap(capacity, K), scores(kChunk, kChunk),
-          rows(capacity) {}
+          rows(capacity), curvature(capacity) {}
 
     // (H_i + Lambda) x_i = b_i for i < count, with H_i = e^{gc_i} H + the tokens of the block up to i.
     void run(const Block<T>* block, View<T> H, const T* lamb, const T* inverse_lamb, int count, Stop stop) {
@@ -381,14 +400,17 @@ struct Solver {
                 x.row(i)[j] = 0;
             }
             rows[i] = CgRow<T>(kernel.dot(n, b.row(i), p.row(i)));
+            curvature[i] = 0;
             if (rows[i].active) active.push_back(i);
         }
         const T tol2 = static_cast<T>(stop.tol * stop.tol);
         const View<T> k = block ? block->k() : View<T>{}, kt = block ? block->kt() : View<T>{};
         for (int step = 0; step < stop.max_iterations && !active.empty(); ++step) {
             attend<T>(block, p, K, kt, H, k, K, ap, scores, active.data(), active.size());
-            for (const int i : active)
+            for (const int i : active) {
                 kernel.cg_step(n, lamb, inverse_lamb, p.row(i), ap.row(i), x.row(i), b.row(i), rows[i], tol2);
+                curvature[i] = std::max(curvature[i], T(1) / rows[i].step);
+            }
             active.erase(std::remove_if(active.begin(), active.end(), [&](int i) { return !rows[i].active; }),
                          active.end());
         }
@@ -403,6 +425,78 @@ struct Solver {
         constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
         if (largest == 0 || !std::isfinite(largest)) return 0;
         return std::clamp(std::ilogb(largest), -kLimit, kLimit);
+    }
+};
+
+// The read-out o = G'x, in float64 where float32 is not enough. With values that are linear in the keys it cancels by up
+// to the condition number of the system. Rows of a badly conditioned one therefore get a correction of x, solved in
+// float32 from the residual in float64, and are read out before x is rounded. Whether a row needs it shows in the row's
+// own steps, so that it depends on no other; the rows of well-conditioned systems pay nothing.
+template <typename T>
+struct ReadOut {
+    static constexpr double kHard = 256;        // condition number, by the solver's estimate
+    static constexpr double kCorrection = 1e-2;  // tolerance for the correction, itself 1e-4 of x at most
+
+    int64_t K, V;
+    Matrix<T> o;
+    std::vector<int> all;
+
+    ReadOut(int64_t capacity, int64_t K, int64_t V) : K(K), V(V), o(capacity, V), all(row_numbers(capacity)) {}
+
+    // Of the first `count` rows that the solver has just solved for right-hand sides q(i); corrects solver.x as well.
+    // Without a block (a decode step) G and H hold the token.
+    template <typename Q>
+    void run(const Block<T>* block, View<T> G, View<T> H, const T* lamb, const T* inverse_lamb, Stop stop, int count,
+             const Q& q, Solver<T>& solver) {
+        attend<T>(block, solver.x, K, block ? block->kt() : View<T>{}, G, block ? block->v() : View<T>{}, V, o,
+                  solver.scores, all.data(), count);
+        if constexpr (std::is_same_v<T, float>) {
+            hard.clear();
+            for (int i = 0; i < count; ++i)
+                if (solver.curvature[i] > kHard && solver.rows[i].bound_squared() <= stop.tol * stop.tol)
+                    hard.push_back(i);
+            if (hard.empty()) return;
+            if (!wide) wide = std::make_unique<Wide>(all.size(), K, V);
+            correct(block, G, H, lamb, inverse_lamb, stop, count, q, solver);
+        }
+    }
+
+   private:
+    struct Wide {
+        Matrix<double> G, H, x, out, scores;
+        Block<double> block;
+
+        Wide(int64_t capacity, int64_t K, int64_t V)
+            : G(K, V), H(K, K), x(capacity, K), out(capacity, std::max(K, V)), scores(kChunk, kChunk), block(K, V) {}
+    };
+    std::unique_ptr<Wide> wide;
+    std::vector<int> hard;
+
+    template <typename Q>
+    void correct(const Block<T>* block, View<T> G, View<T> H, const T* lamb, const T* inverse_lamb, Stop stop,
+                 int count, const Q& q, Solver<T>& solver) {
+        Wide& w = *wide;
+        convert<T, double>(G, K, V, w.G);
+        convert<T, double>(H, K, K, w.H);
+        convert<T, double>(solver.x, count, K, w.x);
+        if (block) w.block.widen(*block, K, V);
+        const Block<double>* const wide_block = block ? &w.block : nullptr;
+        const View<double> k = w.block.k(), kt = w.block.kt(), v = w.block.v();
+        const std::vector<CgRow<T>> first_rows = solver.rows;
+
+        attend<double>(wide_block, w.x, K, kt, w.H, k, K, w.out, w.scores, hard.data(), hard.size());
+        for (int i = 0; i < count; ++i) std::fill_n(solver.b.row(i), K, T(0));  // nothing to solve for the others
+        for (const int i : hard)
+            for (int64_t j = 0; j < K; ++j)
+                solver.b.row(i)[j] = static_cast<T>(q(i)[j] - w.out.row(i)[j] - lamb[j] * w.x.row(i)[j]);
+        solver.run(block, H, lamb, inverse_lamb, count, {stop.max_iterations, kCorrection});
+        for (const int i : hard)
+            for (int64_t j = 0; j < K; ++j) w.x.row(i)[j] += solver.x.row(i)[j];
+        convert<double, T>(w.x, count, K, solver.x);
+        solver.rows = first_rows;
+
+        attend<double>(wide_block, w.x, K, kt, w.G, v, V, w.out, w.scores, hard.data(), hard.size());
+        for (const int i : hard) std::copy_n(w.out.row(i), V, o.row(i));
     }
 };
 
@@ -485,18 +579,20 @@ ForwardResult forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q
 
     const Heads<T> q_heads(q), o_heads(o), x_heads(x);
     for_chunks_and_heads(p, in.layout, [&] {
-        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K), read = Matrix<T>(kChunk, p.V),
-                rows = row_numbers(kChunk)](int64_t number, int64_t head) mutable {
+        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K),
+                read = ReadOut<T>(kChunk, p.K, p.V)](int64_t number, int64_t head) mutable {
             const Chunk chunk = in.layout.chunks[number];
             const View<T> G = s.rows_from((number * p.HS + head) * p.K), H = G.columns_from(block.k_column);
+            const T *const lamb = in.lamb.lamb.row(head), *const inverse_lamb = in.lamb.inverse.row(head);
             in.load(p, block, chunk, head, false);
             for (int64_t out = head * p.outputs_per_state(); out < (head + 1) * p.outputs_per_state(); ++out) {
-                q_heads.load(chunk.token, chunk.count, out / p.outputs_per_query(), solver.b);
-                solver.run(&block, H, in.lamb.lamb.row(head), in.lamb.inverse.row(head), chunk.count, stop);
-                attend<T>(&block, solver.x, p.K, block.kt(), G, block.v(), p.V, read, solver.scores, rows.data(),
-                          chunk.count);
+                const int64_t query = out / p.outputs_per_query();
+                q_heads.load(chunk.token, chunk.count, query, solver.b);
+                solver.run(&block, H, lamb, inverse_lamb, chunk.count, stop);
+                read.run(&block, G, H, lamb, inverse_lamb, stop, chunk.count,
+                         [&](int i) { return q_heads.at(chunk.token + i, query); }, solver);
                 x_heads.store(chunk.token, chunk.count, out, solver.x);
-                o_heads.store(chunk.token, chunk.count, out, read);
+                o_heads.store(chunk.token, chunk.count, out, read.o);
                 for (int i = 0; i < chunk.count; ++i) {
                     const int64_t at = (chunk.token + i) * p.HO + out;
                     steps.data_ptr<int>()[at] = solver.rows[i].steps;
@@ -698,9 +794,9 @@ Tensor decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, cons
     const Heads<T> q_heads(q), k_heads(k), v_heads(v), o_heads(o);
     const int64_t group = p.outputs_per_state();
     at::parallel_for(0, p.B * p.HS, 1, [&](int64_t begin, int64_t end) {
-        Matrix<T> H(p.K, p.K), G(p.K, p.V), read(group, p.V);
+        Matrix<T> H(p.K, p.K), G(p.K, p.V);
         Solver<T> solver(group, p.K);
-        const auto rows = row_numbers(group);
+        ReadOut<T> read(group, p.K, p.V);
         const auto update = [](T* state, int64_t width, T decay, T factor, const T* values, T* copy) {
             for (int64_t j = 0; j < width; ++j) copy[j] = state[j] = decay * state[j] + factor * values[j];
         };
@@ -718,11 +814,11 @@ Tensor decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, cons
                 update(h_kk.data_ptr<T>() + (first_row + i) * p.K, p.K, decay, gate * key[i], key, H.row(i));
                 update(h_kv.data_ptr<T>() + (first_row + i) * p.V, p.V, decay, gate * key[i], value, G.row(i));
             }
-            for (int64_t i = 0; i < group; ++i)
-                std::copy_n(q_heads.at(b, (head * group + i) / p.outputs_per_query()), p.K, solver.b.row(i));
+            const auto query = [&](int i) { return q_heads.at(b, (head * group + i) / p.outputs_per_query()); };
+            for (int64_t i = 0; i < group; ++i) std::copy_n(query(i), p.K, solver.b.row(i));
             solver.run(nullptr, H, lamb.lamb.row(head), lamb.inverse.row(head), group, stop);
-            attend<T>(nullptr, solver.x, p.K, {}, G, {}, p.V, read, {}, rows.data(), group);
-            for (int64_t i = 0; i < group; ++i) std::copy_n(read.row(i), p.V, o_heads.at(b, head * group + i));
+            read.run(nullptr, G, H, lamb.lamb.row(head), lamb.inverse.row(head), stop, group, query, solver);
+            for (int64_t i = 0; i < group; ++i) std::copy_n(read.o.row(i), p.V, o_heads.at(b, head * group + i));
         }
     });
     return o.to(p.dtype);
