@@ -334,8 +334,8 @@ void attend(const Block<T>* block, View<T> a, int64_t width, View<T> keys_t, Vie
     if (block) {
         Product<T> to_scores{a.data, a.ld, 1, keys_t.data, keys_t.ld, scores.data, scores.ld, kChunk, width};
         to_scores.part = Part::c_lower;
+        to_scores.mask = block->mask.data;
         kernel.multiply(to_scores, rows, count);
-        kernel.mask_scores(scores.data, block->mask.data, scores.ld, rows, count);
         Product<T> from_chunk{scores.data, scores.ld, 1, values.data, values.ld, out.data, out.ld, padded<T>(n),
                               block->count};
         from_chunk.part = Part::a_lower;

@@ -44,6 +44,10 @@ MESA_TARGET void multiply_tile(const Product<T>& m, const int* rows, int64_t col
         for (int v = 0; v < NV; ++v) {
             V value = sum[r][v];
             if (m.row_scale) value *= m.row_scale[rows[r]];
+            if (m.mask) {  // a select, so that nothing of a later token passes, not even NaN
+                const V mask = *reinterpret_cast<const V*>(m.mask + at + v * W);
+                value = mask != 0 ? value * mask : V{};
+            }
             if (m.add) value += m.add_scale * *reinterpret_cast<const V*>(m.add + at + v * W);
             *reinterpret_cast<V*>(m.c + at + v * W) = value;
         }
@@ -84,22 +88,15 @@ MESA_TARGET void multiply(const Product<T>& m, const int* rows, int count) {
 }
 
 template <typename T>
-MESA_TARGET void mask_scores(T* scores, const T* mask, int64_t ld, const int* rows, int count) {
-    using V = typename VectorOf<T>::type;
-    for (int n = 0; n < count; ++n) {
-        const int i = rows[n];
-        T* s = scores + i * ld;
-        for (int j = 0; j <= i; j += VectorOf<T>::width)
-            *reinterpret_cast<V*>(s + j) *= *reinterpret_cast<const V*>(mask + i * ld + j);
-        for (int j = i + 1; j < kChunk; ++j) s[j] = 0;
-    }
-}
-
-template <typename T>
 MESA_TARGET T sum_lanes(const T* lanes) {
-    T result = 0;
-    for (int i = 0; i < VectorOf<T>::width; ++i) result += lanes[i];
-    return result;
+    T sum[VectorOf<T>::width];
+#pragma GCC unroll 16
+    for (int i = 0; i < VectorOf<T>::width; ++i) sum[i] = lanes[i];
+#pragma GCC unroll 4
+    for (int half = VectorOf<T>::width / 2; half > 0; half /= 2)  // by halves: a chain of additions would be waited for
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+    return sum[0];
 }
 
 template <typename T>
@@ -139,7 +136,7 @@ MESA_TARGET void cg_step(int64_t n, const T* lamb, const T* inverse_lamb, T* p, 
 }
 
 template <typename T>
-constexpr Kernels<T> table{multiply<T>, mask_scores<T>, cg_step<T>, dot<T>};
+constexpr Kernels<T> table{multiply<T>, cg_step<T>, dot<T>};
 
 }  // namespace MESA_ISA
 }  // namespace mesa

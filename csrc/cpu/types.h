@@ -39,6 +39,7 @@ struct Product {
     int64_t n, k;  // columns of B and C (whole lines), rows of B
     Part part = Part::all;
     const T* row_scale = nullptr;
+    const T* mask = nullptr;  // laid out as C; multiplies A B, where it is 0 the result is, whatever A B
     const T* add = nullptr;  // laid out as C, may be C itself
     T add_scale = 1;
 };
@@ -50,8 +51,6 @@ template <typename T>
 struct Kernels {
     // The given rows of C, in ascending order.
     void (*multiply)(const Product<T>& product, const int* rows, int count);
-    // scores[i,j] *= mask[i,j] for j <= i, and 0 for j > i; both kChunk wide.
-    void (*mask_scores)(T* scores, const T* mask, int64_t ld, const int* rows, int count);
     // One step of the conjugate gradient for one row, given ap = (A - Lambda) p.
     void (*cg_step)(int64_t n, const T* lamb, const T* inverse_lamb, T* p, T* ap, T* x, T* r, CgRow<T>& row, T tol2);
     T (*dot)(int64_t n, const T* a, const T* b);
