@@ -297,13 +297,10 @@ void scan_states(const ProblemSize& p, const Layout& layout, const Heads<T>& g, 
                     const int64_t a_head = a.of_state(p, head, h), value_head = part.values.of_state(p, head, h);
                     for (int t = 0; t < chunk.count; ++t) {
                         const T weight = backwards ? gates.in[t] : gates.out[t] * gates.beta[t];
-                        const T* const from = a.at(chunk.token + t, a_head);
-                        T* const to = weighted.row(t);
-                        for (int64_t j = 0; j < p.K; ++j) to[j] = weight * from[j];
-                        const T* const value = part.values.at(chunk.token + t, value_head);
-                        T* const value_to = values.row(t);
-                        for (int64_t j = 0; j < width; ++j) value_to[j] = part.sign * value[j];
-                        std::fill(value_to + width, value_to + padded<T>(width), T(0));
+                        kernel.scale(p.K, weight, a.at(chunk.token + t, a_head), weighted.row(t));
+                        T* const value = values.row(t);
+                        kernel.scale(width, part.sign, part.values.at(chunk.token + t, value_head), value);
+                        std::fill(value + width, value + padded<T>(width), T(0));
                     }
                     const View<T> before = slot(i), after = slot(i + 1);
                     Product<T> product{weighted.data, 1, weighted.ld, values.data, values.ld, after.data, after.ld,
@@ -389,17 +386,10 @@ struct Solver {
         active.clear();
         std::vector<int> exponents(count);
         for (int i = 0; i < count; ++i) {
-            T largest = 0;
-            for (int64_t j = 0; j < K; ++j) largest = std::max(largest, std::abs(b.row(i)[j]));
-            exponents[i] = scaling_exponent(largest);
-            const T scale = std::ldexp(T(1), -exponents[i]);
             std::fill(b.row(i) + K, b.row(i) + n, T(0));  // NaN from a right-hand side before this one
-            for (int64_t j = 0; j < n; ++j) {
-                b.row(i)[j] *= scale;
-                p.row(i)[j] = b.row(i)[j] * inverse_lamb[j];
-                x.row(i)[j] = 0;
-            }
-            rows[i] = CgRow<T>(kernel.dot(n, b.row(i), p.row(i)));
+            exponents[i] = scaling_exponent(kernel.largest(n, b.row(i)));
+            const T scale = std::ldexp(T(1), -exponents[i]);
+            rows[i] = CgRow<T>(kernel.cg_start(n, scale, inverse_lamb, p.row(i), x.row(i), b.row(i)));
             curvature[i] = 0;
             if (rows[i].active) active.push_back(i);
         }
@@ -414,10 +404,7 @@ struct Solver {
             active.erase(std::remove_if(active.begin(), active.end(), [&](int i) { return !rows[i].active; }),
                          active.end());
         }
-        for (int i = 0; i < count; ++i) {
-            const T scale = std::ldexp(T(1), exponents[i]);
-            for (int64_t j = 0; j < K; ++j) x.row(i)[j] *= scale;
-        }
+        for (int i = 0; i < count; ++i) kernel.scale(n, std::ldexp(T(1), exponents[i]), x.row(i), x.row(i));
     }
 
     // Of the power of two that brings the largest element to [1, 2); inside what T can hold in both directions.
@@ -640,11 +627,11 @@ struct AttentionGradient {
     const Kernels<T>& kernel = kernels<T>();
     int64_t k_width = padded<T>(p.K), k_column = padded<T>(p.V), u_width = k_column + k_width;
     Block<T> block{p.K, p.V};
-    Matrix<T> x{kChunk, p.K}, y{kChunk, u_width}, dt{u_width, p.K};
+    Matrix<T> x{kChunk, p.K}, y{kChunk, u_width};
     Matrix<T> keys{kChunk, kChunk}, residuals{kChunk, kChunk};    // scores x_i.k_j and y_i.u_j
-    Matrix<T> from_adjoint{kChunk, p.K}, from_state{kChunk, u_width};  // D u_j and S' x_i
+    Matrix<T> from_adjoint_t{k_width, kChunk}, from_state{kChunk, u_width};  // D u_j, transposed, and S' x_i
     Matrix<T> moved{kChunk, p.K}, du{kChunk, u_width};  // D_j u_j and D_j' k_j, with the adjoint D_j at token j
-    std::vector<int> rows = row_numbers(kChunk);
+    std::vector<int> rows = row_numbers(std::max<int64_t>(kChunk, p.K));
 
     // What the decays carry, each term once: from token j to token i, from the state before the chunk to token i, from
     // token j to the state after the chunk, and from state to state.
@@ -655,7 +642,6 @@ struct AttentionGradient {
         const View<T> S = states.rows_from((number * p.HS + head) * p.K);
         const View<T> D = adjoints.rows_from((number * p.HS + head) * p.K);
         in.load(p, block, chunk, head, true);
-        transpose<T>(D, p.K, u_width, dt);
         start_from_adjoint(S, D);
         for (int64_t n = 0; n < p.outputs_per_state(); ++n) add_outputs(chunk, head * p.outputs_per_state() + n, S);
         store(chunk, head);
@@ -678,12 +664,15 @@ struct AttentionGradient {
 
     void start_from_adjoint(View<T> S, View<T> D) {
         const Gates<T>& gates = block.gates;
-        multiply(block.u, dt, from_adjoint, k_width, u_width);
+        Product<T> product{D.data, D.ld, 1, block.ut.data, block.ut.ld, from_adjoint_t.data, from_adjoint_t.ld, kChunk,
+                           u_width};
+        kernel.multiply(product, rows.data(), p.K);
+        transpose<T>(from_adjoint_t, k_width, block.count, moved);  // with the padding: moved may hold NaN there
         multiply(block.k(), D, du, u_width, p.K, Part::all, gates.out);
         for (int j = 0; j < block.count; ++j) {
-            const T dot = kernel.dot(k_width, block.k().row(j), from_adjoint.row(j));
+            const T dot = kernel.dot(k_width, block.k().row(j), moved.row(j));
             after[j] = static_cast<double>(gates.out[j]) * gates.beta[j] * dot;
-            for (int64_t c = 0; c < k_width; ++c) moved.row(j)[c] = gates.out[j] * from_adjoint.row(j)[c];
+            kernel.scale(k_width, gates.out[j], moved.row(j), moved.row(j));
             before[j] = 0;
             std::fill_n(inside[j], kChunk, 0.0);
         }
@@ -697,18 +686,13 @@ struct AttentionGradient {
         grad_o.load(chunk.token, chunk.count, head, y);
         w_heads.load(chunk.token, chunk.count, head, y.columns_from(k_column));
         for (int i = 0; i < chunk.count; ++i)
-            for (int64_t c = k_column; c < u_width; ++c) y.row(i)[c] = -y.row(i)[c];
+            kernel.scale(k_width, T(-1), y.row(i) + k_column, y.row(i) + k_column);
 
         multiply(x, block.kt(), keys, kChunk, p.K, Part::c_lower);
         multiply(y, block.ut, residuals, kChunk, u_width, Part::c_lower);
         for (int i = 0; i < chunk.count; ++i) {
-            const T *const decay = block.decay.row(i), *const mask = block.mask.row(i);
             T *const key = keys.row(i), *const residual = residuals.row(i);
-            for (int j = 0; j <= i; ++j) {
-                inside[i][j] += static_cast<double>(key[j]) * residual[j] * mask[j];
-                key[j] *= decay[j];
-                residual[j] *= decay[j];
-            }
+            kernel.weigh_scores(i + 1, block.decay.row(i), block.mask.row(i), key, residual, inside[i]);
             std::fill(key + i + 1, key + kChunk, T(0));
             std::fill(residual + i + 1, residual + kChunk, T(0));
         }
@@ -739,11 +723,10 @@ struct AttentionGradient {
             departures += after[t];
         }
         for (int t = chunk.count - 1; t >= 0; --t) {
-            for (int j = 0; j < t; ++j) {
-                passing[j] += inside[t][j];
-                total[t] += passing[j];
-            }
-            dg.at(chunk.token + t, 0)[head] = static_cast<T>(total[t]);
+            double sums[4] = {};  // four at a time: one chain of additions would be waited for
+            for (int j = 0; j < t; ++j) sums[j % 4] += passing[j] += inside[t][j];
+            const double within = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+            dg.at(chunk.token + t, 0)[head] = static_cast<T>(total[t] + within);
         }
     }
 };

@@ -136,7 +136,45 @@ MESA_TARGET void cg_step(int64_t n, const T* lamb, const T* inverse_lamb, T* p, 
 }
 
 template <typename T>
-constexpr Kernels<T> table{multiply<T>, cg_step<T>, dot<T>};
+MESA_TARGET T largest(int64_t n, const T* a) {
+    using V = typename VectorOf<T>::type;
+    V result = V{};
+    for (int64_t i = 0; i < n; i += VectorOf<T>::width) {
+        const V v = *reinterpret_cast<const V*>(a + i);
+        result = v > result ? v : result;
+        result = -v > result ? -v : result;
+    }
+    T most = 0;
+    for (int i = 0; i < VectorOf<T>::width; ++i) most = result[i] > most ? result[i] : most;
+    return most;
+}
+
+template <typename T>
+MESA_TARGET T cg_start(int64_t n, T scale, const T* inverse_lamb, T* p, T* x, T* r) {
+    for (int64_t i = 0; i < n; ++i) {
+        r[i] *= scale;
+        p[i] = r[i] * inverse_lamb[i];
+        x[i] = 0;
+    }
+    return dot(n, r, p);
+}
+
+template <typename T>
+MESA_TARGET void scale(int64_t n, T factor, const T* from, T* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = factor * from[i];
+}
+
+template <typename T>
+MESA_TARGET void weigh_scores(int64_t n, const T* decay, const T* mask, T* keys, T* residuals, double* inside) {
+    for (int64_t j = 0; j < n; ++j) {
+        inside[j] += static_cast<double>(keys[j]) * residuals[j] * mask[j];
+        keys[j] *= decay[j];
+        residuals[j] *= decay[j];
+    }
+}
+
+template <typename T>
+constexpr Kernels<T> table{multiply<T>, cg_start<T>, cg_step<T>, dot<T>, largest<T>, scale<T>, weigh_scores<T>};
 
 }  // namespace MESA_ISA
 }  // namespace mesa

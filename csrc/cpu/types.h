@@ -51,9 +51,17 @@ template <typename T>
 struct Kernels {
     // The given rows of C, in ascending order.
     void (*multiply)(const Product<T>& product, const int* rows, int count);
+    // Scales the right-hand side r of a row; x = 0, p = r / Lambda. Returns r.p.
+    T (*cg_start)(int64_t n, T scale, const T* inverse_lamb, T* p, T* x, T* r);
     // One step of the conjugate gradient for one row, given ap = (A - Lambda) p.
     void (*cg_step)(int64_t n, const T* lamb, const T* inverse_lamb, T* p, T* ap, T* x, T* r, CgRow<T>& row, T tol2);
     T (*dot)(int64_t n, const T* a, const T* b);
+    // Of the magnitudes; NaN counts as nothing.
+    T (*largest)(int64_t n, const T* a);
+    // to = factor * from, anywhere and of any width; both may be the same.
+    void (*scale)(int64_t n, T factor, const T* from, T* to);
+    // inside += keys * residuals * mask in float64, then keys and residuals *= decay.
+    void (*weigh_scores)(int64_t n, const T* decay, const T* mask, T* keys, T* residuals, double* inside);
 };
 
 }  // namespace mesa
