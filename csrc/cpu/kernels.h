@@ -70,7 +70,8 @@ MESA_TARGET int multiply_rows(const Product<T>& m, const int* rows, int count, i
 
 template <typename T, int NV>
 MESA_TARGET void multiply_stripe(const Product<T>& m, const int* rows, int count, int64_t column) {
-    int i = multiply_rows<T, 6, NV>(m, rows, count, column);
+    constexpr int kTallest = MESA_VECTOR_BYTES == 64 ? 8 : 6;  // sums fit 32 registers, or 16
+    int i = multiply_rows<T, kTallest, NV>(m, rows, count, column);
     i += multiply_rows<T, 4, NV>(m, rows + i, count - i, column);
     i += multiply_rows<T, 2, NV>(m, rows + i, count - i, column);
     multiply_rows<T, 1, NV>(m, rows + i, count - i, column);
