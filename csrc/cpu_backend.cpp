@@ -90,11 +90,25 @@ struct Matrix : View<T> {
 
 template <typename T>
 void transpose(View<T> from, int64_t rows, int64_t columns, View<T> to) {
-    constexpr int64_t kTile = 16;
-    for (int64_t i0 = 0; i0 < rows; i0 += kTile)
-        for (int64_t j0 = 0; j0 < columns; j0 += kTile)
-            for (int64_t j = j0; j < std::min(columns, j0 + kTile); ++j)
-                for (int64_t i = i0; i < std::min(rows, i0 + kTile); ++i) to.row(j)[i] = from.row(i)[j];
+    const auto tile = [&](int64_t i0, int64_t j0, int64_t height, int64_t width) {
+        for (int64_t j = j0; j < j0 + width; ++j)
+            for (int64_t i = i0; i < i0 + height; ++i) to.row(j)[i] = from.row(i)[j];
+    };
+    constexpr int64_t kBlock = 16, kTile = 4;  // a block stays in the cache, a tile is transposed in registers
+    for (int64_t i0 = 0; i0 < rows; i0 += kBlock)
+        for (int64_t j0 = 0; j0 < columns; j0 += kBlock)
+            for (int64_t j = j0; j < std::min(columns, j0 + kBlock); j += kTile)
+                for (int64_t i = i0; i < std::min(rows, i0 + kBlock); i += kTile) {
+                    if (i + kTile > rows || j + kTile > columns) {
+                        tile(i, j, std::min(kTile, rows - i), std::min(kTile, columns - j));
+                        continue;
+                    }
+                    for (int64_t b = 0; b < kTile; ++b) {
+                        const T column[kTile] = {from.row(i)[j + b], from.row(i + 1)[j + b], from.row(i + 2)[j + b],
+                                                 from.row(i + 3)[j + b]};
+                        std::copy_n(column, kTile, to.row(j + b) + i);
+                    }
+                }
 }
 
 // The same numbers in another type.
