@@ -240,7 +240,8 @@ def rounding_floor(inputs: Inputs, gradients: tuple[Tensor, ...]) -> dict[str, f
 
     The float64 condition of the map: no algorithm that keeps its states in that dtype can promise less. It matters in
     float32 with linear values and keys of correlation .9: o = G'x cancels there by a factor of 1000, the floor of o is
-    6e-5 (the bar on CPU is 1e-4), and a Cholesky factorisation in float32 is off by up to 1.1e-4.
+    6e-5, and a Cholesky factorisation in float32 is off by up to 1.1e-4. The CPU backend, which corrects such rows in
+    float64 from the very state it is given, does without this excuse.
     """
     generator = torch.Generator(inputs.q.device).manual_seed(2)
     eps = torch.finfo(inputs.g.dtype).eps / 2
@@ -253,13 +254,15 @@ def rounding_floor(inputs: Inputs, gradients: tuple[Tensor, ...]) -> dict[str, f
 
 
 def assert_accurate(inputs: Inputs, actual: dict[str, Tensor], gradients: tuple[Tensor, ...] = ()) -> None:
-    """Every tensor of `actual` (some of those of evaluate) within its bar, or within three times the rounding floor."""
+    """Every tensor of `actual` (some of those of evaluate) within its bar; on a GPU three times the rounding floor do."""
     expected = evaluate(mesa_reference, inputs, gradients, wide=True)
     expected = {name: expected[name] for name in actual}
     bar = bar_for(inputs)
-    if not all(relative_error(actual[name], expected[name]) <= bar(name) for name in expected):
+    if inputs.q.is_cuda and not all(relative_error(actual[name], expected[name]) <= bar(name) for name in expected):
         floor = rounding_floor(inputs, gradients)
         assert_close(actual, expected, lambda name: max(bar(name), 3 * floor[name]))
+    else:
+        assert_close(actual, expected, bar)
 
 
 def solver_steps(dtype: torch.dtype) -> int:

@@ -72,7 +72,7 @@ def test_conditions_are_what_the_regimes_claim():
 
 
 def test_the_floor_of_rounding_excuses_nothing_else():
-    """Where bars can be met, three times the floor is below them: only o in float32, in the last regime, is above."""
+    """Three times the floor is below the bars, except that of o in float32 in the last regime."""
     for name in REGIMES:
         inputs = draw(name, "cpu", torch.float32, heads=1, T=40, context=4096)
         floor, bar = rounding_floor(inputs, output_gradients(inputs)), bar_for(inputs)
