@@ -429,14 +429,14 @@ struct Solver {
     }
 };
 
-// The read-out o = G'x, in float64 where float32 is not enough. With values that are linear in the keys it cancels by up
-// to the condition number of the system. Rows of a badly conditioned one therefore get a correction of x, solved in
+// The read-out o = G'x, in float64 where float32 is not enough. With values that are linear in the keys it cancels by
+// up to the condition number of the system. Rows of a badly conditioned one therefore get a correction of x, solved in
 // float32 from the residual in float64, and are read out before x is rounded. Whether a row needs it shows in the row's
 // own steps, so that it depends on no other; the rows of well-conditioned systems pay nothing.
 template <typename T>
 struct ReadOut {
     static constexpr double kHard = 256;        // condition number, by the solver's estimate
-    static constexpr double kCorrection = 1e-2;  // tolerance for the correction, itself 1e-4 of x at most
+    static constexpr double kCorrection = 1e-2;  // tolerance for the correction, which is small beside x
 
     int64_t K, V;
     Matrix<T> o;

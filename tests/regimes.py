@@ -254,7 +254,7 @@ def rounding_floor(inputs: Inputs, gradients: tuple[Tensor, ...]) -> dict[str, f
 
 
 def assert_accurate(inputs: Inputs, actual: dict[str, Tensor], gradients: tuple[Tensor, ...] = ()) -> None:
-    """Every tensor of `actual` (some of those of evaluate) within its bar; on a GPU three times the rounding floor do."""
+    """Every tensor of `actual` (some of those of evaluate) within its bar; on a GPU also within 3 rounding floors."""
     expected = evaluate(mesa_reference, inputs, gradients, wide=True)
     expected = {name: expected[name] for name in actual}
     bar = bar_for(inputs)
