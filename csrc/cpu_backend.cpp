@@ -231,6 +231,7 @@ struct Block {
         count = from.count;
         convert<From, T>(from.v(), kChunk, V, v());
         convert<From, T>(from.k(), kChunk, K, k());
+        convert<From, T>(from.vt(), V, kChunk, vt());
         convert<From, T>(from.kt(), K, kChunk, kt());
         convert<From, T>(from.mask, kChunk, kChunk, mask);
         std::copy_n(from.gates.in, kChunk, gates.in);
@@ -429,20 +430,106 @@ struct Solver {
     }
 };
 
-// The read-out o = G'x, in float64 where float32 is not enough. With values that are linear in the keys it cancels by
-// up to the condition number of the system. Rows of a badly conditioned one therefore get a correction of x, solved in
-// float32 from the residual in float64, and are read out before x is rounded. Whether a row needs it shows in the row's
-// own steps, so that it depends on no other; the rows of well-conditioned systems pay nothing.
+// The rows of badly conditioned systems, in float64 where float32 is not enough. With values that are linear in the
+// keys the read-out o = G'x cancels by up to the condition number of the system, and w = (H + Lambda)^{-1} G do
+// magnifies the error of G do. Such rows therefore get their right-hand side in float64 and a correction of the
+// solution, solved in float32 from the residual in float64, and are read out before it is rounded. Whether a row needs
+// it shows in the row's own steps, so that it depends on no other; well-conditioned rows pay nothing.
+template <typename T>
+struct HardRows {
+    static constexpr double kHard = 256;        // condition number, by the solver's estimate
+    static constexpr double kCorrection = 1e-2;  // tolerance for the correction, which is small beside the solution
+
+    // A chunk, the states before it and what its rows need: right-hand sides b, solutions x, and in y either o or do.
+    struct Wide {
+        Block<double> block;
+        Matrix<double> G, gt, H, b, x, ax, y, scores;
+
+        Wide(int64_t capacity, int64_t K, int64_t V)
+            : block(K, V), G(K, V), gt(V, K), H(K, K), b(capacity, K), x(capacity, K), ax(capacity, K), y(capacity, V),
+              scores(kChunk, kChunk) {}
+    };
+
+    int64_t K, V;
+    std::vector<int> rows;
+
+    HardRows(int64_t K, int64_t V) : K(K), V(V) {}
+
+    // Of the first `count` rows that the solver has just solved.
+    bool find(const Solver<T>& solver, int count, Stop stop) {
+        rows.clear();
+        if constexpr (std::is_same_v<T, float>)
+            for (int i = 0; i < count; ++i)
+                if (solver.curvature[i] > kHard && solver.rows[i].bound_squared() <= stop.tol * stop.tol)
+                    rows.push_back(i);
+        return !rows.empty();
+    }
+
+    // Sets the chunk (none for a decode step, whose G and H hold the token) and the states before it.
+    Wide& widen(const Block<T>* block, View<T> G, View<T> H, int64_t capacity) {
+        if (!wide) wide = std::make_unique<Wide>(capacity, K, V);
+        if (block) wide->block.widen(*block, K, V);
+        convert<T, double>(G, K, V, wide->G);
+        convert<T, double>(H, K, K, wide->H);
+        return *wide;
+    }
+
+    // Corrects solver.x of the first `count` rows where they are hard, given their right-hand sides in b.
+    void correct(const Block<T>* block, View<T> H, const T* lamb, const T* inverse_lamb, int count, Stop stop,
+                 Solver<T>& solver) {
+        Wide& w = *wide;
+        const std::vector<CgRow<T>> first_rows = solver.rows;
+        convert<T, double>(solver.x, count, K, w.x);
+        attend<double>(block ? &w.block : nullptr, w.x, K, w.block.kt(), w.H, w.block.k(), K, w.ax, w.scores,
+                       rows.data(), rows.size());
+        for (int i = 0; i < count; ++i) std::fill_n(solver.b.row(i), K, T(0));  // nothing to solve for the others
+        for (const int i : rows)
+            for (int64_t j = 0; j < K; ++j)
+                solver.b.row(i)[j] = static_cast<T>(w.b.row(i)[j] - w.ax.row(i)[j] - lamb[j] * w.x.row(i)[j]);
+        solver.run(block, H, lamb, inverse_lamb, count, {stop.max_iterations, kCorrection});
+        for (const int i : rows)
+            for (int64_t j = 0; j < K; ++j) w.x.row(i)[j] += solver.x.row(i)[j];
+        convert<double, T>(w.x, count, K, solver.x);
+        solver.rows = first_rows;
+    }
+
+    // The same for the backward pass, where b = G do.
+    void correct_adjoint(const Block<T>& block, View<T> G, View<T> H, const T* lamb, const T* inverse_lamb,
+                         View<T> grad_o, int count, Stop stop, Solver<T>& solver) {
+        Wide& w = widen(&block, G, H, kChunk);
+        transpose<double>(w.G, K, V, w.gt);
+        convert<T, double>(grad_o, count, V, w.y);
+        attend<double>(&w.block, w.y, V, w.block.vt(), w.gt, w.block.k(), K, w.b, w.scores, rows.data(), rows.size());
+        correct(&block, H, lamb, inverse_lamb, count, stop, solver);
+    }
+
+    // to(i) = x' [G | H] y for the hard rows among the first `count`, once they are corrected.
+    template <typename To>
+    void products(View<T> x, View<T> y, int count, const To& to) {
+        Wide& w = *wide;
+        convert<T, double>(x, count, K, w.x);
+        attend<double>(nullptr, w.x, K, {}, w.G, {}, V, w.y, w.scores, rows.data(), rows.size());
+        attend<double>(nullptr, w.x, K, {}, w.H, {}, K, w.ax, w.scores, rows.data(), rows.size());
+        for (const int i : rows) {
+            const double from_G = std::inner_product(w.y.row(i), w.y.row(i) + V, y.row(i), 0.0);
+            *to(i) = std::inner_product(w.ax.row(i), w.ax.row(i) + K, y.row(i) + padded<T>(V), from_G);
+        }
+    }
+
+   private:
+    std::unique_ptr<Wide> wide;
+};
+
+// The read-out o = G'x.
 template <typename T>
 struct ReadOut {
-    static constexpr double kHard = 256;        // condition number, by the solver's estimate
-    static constexpr double kCorrection = 1e-2;  // tolerance for the correction, which is small beside x
-
     int64_t K, V;
     Matrix<T> o;
     std::vector<int> all;
+    HardRows<T> hard;
 
-    ReadOut(int64_t capacity, int64_t K, int64_t V) : K(K), V(V), o(capacity, V), all(row_numbers(capacity)) {}
+    ReadOut(int64_t capacity, int64_t K, int64_t V)
+        : K(K), V(V), o(capacity, V), all(row_numbers(capacity)), hard(K, V) {}
 
     // Of the first `count` rows that the solver has just solved for right-hand sides q(i); corrects solver.x as well.
     // Without a block (a decode step) G and H hold the token.
@@ -451,53 +538,13 @@ struct ReadOut {
              const Q& q, Solver<T>& solver) {
         attend<T>(block, solver.x, K, block ? block->kt() : View<T>{}, G, block ? block->v() : View<T>{}, V, o,
                   solver.scores, all.data(), count);
-        if constexpr (std::is_same_v<T, float>) {
-            hard.clear();
-            for (int i = 0; i < count; ++i)
-                if (solver.curvature[i] > kHard && solver.rows[i].bound_squared() <= stop.tol * stop.tol)
-                    hard.push_back(i);
-            if (hard.empty()) return;
-            if (!wide) wide = std::make_unique<Wide>(all.size(), K, V);
-            correct(block, G, H, lamb, inverse_lamb, stop, count, q, solver);
-        }
-    }
-
-   private:
-    struct Wide {
-        Matrix<double> G, H, x, out, scores;
-        Block<double> block;
-
-        Wide(int64_t capacity, int64_t K, int64_t V)
-            : G(K, V), H(K, K), x(capacity, K), out(capacity, std::max(K, V)), scores(kChunk, kChunk), block(K, V) {}
-    };
-    std::unique_ptr<Wide> wide;
-    std::vector<int> hard;
-
-    template <typename Q>
-    void correct(const Block<T>* block, View<T> G, View<T> H, const T* lamb, const T* inverse_lamb, Stop stop,
-                 int count, const Q& q, Solver<T>& solver) {
-        Wide& w = *wide;
-        convert<T, double>(G, K, V, w.G);
-        convert<T, double>(H, K, K, w.H);
-        convert<T, double>(solver.x, count, K, w.x);
-        if (block) w.block.widen(*block, K, V);
-        const Block<double>* const wide_block = block ? &w.block : nullptr;
-        const View<double> k = w.block.k(), kt = w.block.kt(), v = w.block.v();
-        const std::vector<CgRow<T>> first_rows = solver.rows;
-
-        attend<double>(wide_block, w.x, K, kt, w.H, k, K, w.out, w.scores, hard.data(), hard.size());
-        for (int i = 0; i < count; ++i) std::fill_n(solver.b.row(i), K, T(0));  // nothing to solve for the others
-        for (const int i : hard)
-            for (int64_t j = 0; j < K; ++j)
-                solver.b.row(i)[j] = static_cast<T>(q(i)[j] - w.out.row(i)[j] - lamb[j] * w.x.row(i)[j]);
-        solver.run(block, H, lamb, inverse_lamb, count, {stop.max_iterations, kCorrection});
-        for (const int i : hard)
-            for (int64_t j = 0; j < K; ++j) w.x.row(i)[j] += solver.x.row(i)[j];
-        convert<double, T>(w.x, count, K, solver.x);
-        solver.rows = first_rows;
-
-        attend<double>(wide_block, w.x, K, kt, w.G, v, V, w.out, w.scores, hard.data(), hard.size());
-        for (const int i : hard) std::copy_n(w.out.row(i), V, o.row(i));
+        if (!hard.find(solver, count, stop)) return;
+        auto& wide = hard.widen(block, G, H, all.size());
+        for (const int i : hard.rows) std::copy_n(q(i), K, wide.b.row(i));
+        hard.correct(block, H, lamb, inverse_lamb, count, stop, solver);
+        attend<double>(block ? &wide.block : nullptr, wide.x, K, wide.block.kt(), wide.G, wide.block.v(), V, wide.y,
+                       wide.scores, hard.rows.data(), hard.rows.size());
+        for (const int i : hard.rows) std::copy_n(wide.y.row(i), V, o.row(i));
     }
 };
 
@@ -605,28 +652,46 @@ ForwardResult forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q
     return {o.to(p.dtype), x, h_kk, h_kv, steps, bound};
 }
 
-// w_t = (H_t + Lambda)^{-1} G_t do_t for all tokens, [B, T, HO, K].
+// w_t = (H_t + Lambda)^{-1} G_t do_t for all tokens, [B, T, HO, K], and what the state before each chunk adds to the
+// output of its tokens, x_t' S y_t with y_t = [do_t | -w_t], before decay, [B, T, HO, 1] in float64.
 template <typename T>
-Tensor solve_adjoint(const ProblemSize& p, const Inputs<T>& in, View<T> s, const Heads<T>& grad_o, Stop stop) {
+std::tuple<Tensor, Tensor> solve_adjoint(const ProblemSize& p, const Inputs<T>& in, View<T> s, const Heads<T>& x_heads,
+                                         const Heads<T>& grad_o, Stop stop) {
     const Tensor w = at::empty({p.B, p.T, p.HO, p.K}, in.g_.options());
+    const Tensor products = at::empty({p.B, p.T, p.HO, 1}, in.g_.options().dtype(at::kDouble));
     const Heads<T> w_heads(w);
+    const Heads<double> product_heads(products);
+    const int64_t k_column = padded<T>(p.V), u_width = k_column + padded<T>(p.K);
     for_chunks_and_heads(p, in.layout, [&] {
-        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K), y = Matrix<T>(kChunk, p.V),
-                gt = Matrix<T>(p.V, p.K), rows = row_numbers(kChunk)](int64_t number, int64_t head) mutable {
+        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K), x = Matrix<T>(kChunk, p.K),
+                y = Matrix<T>(kChunk, u_width), from_state = Matrix<T>(kChunk, u_width), gt = Matrix<T>(p.V, p.K),
+                rows = row_numbers(kChunk), hard = HardRows<T>(p.K, p.V)](int64_t number, int64_t head) mutable {
+            const auto& kernel = kernels<T>();
             const Chunk chunk = in.layout.chunks[number];
-            const View<T> G = s.rows_from((number * p.HS + head) * p.K), H = G.columns_from(block.k_column);
+            const View<T> G = s.rows_from((number * p.HS + head) * p.K), H = G.columns_from(k_column);
+            const T *const lamb = in.lamb.lamb.row(head), *const inverse_lamb = in.lamb.inverse.row(head);
             in.load(p, block, chunk, head, true);
             transpose<T>(G, p.K, p.V, gt);
             for (int64_t out = head * p.outputs_per_state(); out < (head + 1) * p.outputs_per_state(); ++out) {
                 grad_o.load(chunk.token, chunk.count, out, y);
                 attend<T>(&block, y, p.V, block.vt(), gt, block.k(), p.K, solver.b, solver.scores, rows.data(),
                           chunk.count);
-                solver.run(&block, H, in.lamb.lamb.row(head), in.lamb.inverse.row(head), chunk.count, stop);
+                solver.run(&block, H, lamb, inverse_lamb, chunk.count, stop);
+                const bool any_hard = hard.find(solver, chunk.count, stop);
+                if (any_hard) hard.correct_adjoint(block, G, H, lamb, inverse_lamb, y, chunk.count, stop, solver);
                 w_heads.store(chunk.token, chunk.count, out, solver.x);
+
+                x_heads.load(chunk.token, chunk.count, out, x);
+                for (int i = 0; i < chunk.count; ++i) kernel.scale(p.K, T(-1), solver.x.row(i), y.row(i) + k_column);
+                attend<T>(nullptr, x, p.K, {}, G, {}, u_width, from_state, {}, rows.data(), chunk.count);
+                for (int i = 0; i < chunk.count; ++i)
+                    *product_heads.at(chunk.token + i, out) = kernel.dot(u_width, from_state.row(i), y.row(i));
+                if (any_hard)
+                    hard.products(x, y, chunk.count, [&](int i) { return product_heads.at(chunk.token + i, out); });
             }
         };
     });
-    return w;
+    return {w, products};
 }
 
 // The gradient of gated linear attention with queries x, keys k, values u = [v | k] and output gradients y = [do | -w]:
@@ -636,14 +701,16 @@ struct AttentionGradient {
     const ProblemSize& p;
     const Inputs<T>& in;
     View<T> states, adjoints;
-    Heads<T> x_heads, grad_o, w_heads, dk, dv, dg, dbeta;
+    Heads<T> x_heads, grad_o, w_heads;
+    Heads<double> products;  // x_i' S y_i
+    Heads<T> dk, dv, dg, dbeta;
 
     const Kernels<T>& kernel = kernels<T>();
     int64_t k_width = padded<T>(p.K), k_column = padded<T>(p.V), u_width = k_column + k_width;
     Block<T> block{p.K, p.V};
     Matrix<T> x{kChunk, p.K}, y{kChunk, u_width};
     Matrix<T> keys{kChunk, kChunk}, residuals{kChunk, kChunk};    // scores x_i.k_j and y_i.u_j
-    Matrix<T> from_adjoint_t{k_width, kChunk}, from_state{kChunk, u_width};  // D u_j, transposed, and S' x_i
+    Matrix<T> from_adjoint_t{k_width, kChunk};          // D u_j, transposed
     Matrix<T> moved{kChunk, p.K}, du{kChunk, u_width};  // D_j u_j and D_j' k_j, with the adjoint D_j at token j
     std::vector<int> rows = row_numbers(std::max<int64_t>(kChunk, p.K));
 
@@ -657,7 +724,7 @@ struct AttentionGradient {
         const View<T> D = adjoints.rows_from((number * p.HS + head) * p.K);
         in.load(p, block, chunk, head, true);
         start_from_adjoint(S, D);
-        for (int64_t n = 0; n < p.outputs_per_state(); ++n) add_outputs(chunk, head * p.outputs_per_state() + n, S);
+        for (int64_t n = 0; n < p.outputs_per_state(); ++n) add_outputs(chunk, head * p.outputs_per_state() + n);
         store(chunk, head);
     }
 
@@ -691,11 +758,11 @@ struct AttentionGradient {
             std::fill_n(inside[j], kChunk, 0.0);
         }
         across = 0;
-        for (int64_t i = 0; i < p.K; ++i) across += kernel.dot(u_width, D.row(i), S.row(i));
+        for (int64_t i = 0; i < p.K; ++i) across += kernel.wide_dot(u_width, D.row(i), S.row(i));
         across *= gates.total;
     }
 
-    void add_outputs(Chunk chunk, int64_t head, View<T> S) {
+    void add_outputs(Chunk chunk, int64_t head) {
         x_heads.load(chunk.token, chunk.count, head, x);
         grad_o.load(chunk.token, chunk.count, head, y);
         w_heads.load(chunk.token, chunk.count, head, y.columns_from(k_column));
@@ -712,10 +779,8 @@ struct AttentionGradient {
         }
         add_transposed(residuals, x, moved, k_width);
         add_transposed(keys, y, du, u_width);
-
-        multiply(x, S, from_state, u_width, p.K);
         for (int i = 0; i < chunk.count; ++i)
-            before[i] += static_cast<double>(block.gates.in[i]) * kernel.dot(u_width, from_state.row(i), y.row(i));
+            before[i] += static_cast<double>(block.gates.in[i]) * *products.at(chunk.token + i, head);
     }
 
     void store(Chunk chunk, int64_t head) {
@@ -758,7 +823,8 @@ BackwardResult backward(const ProblemSize& p, const Inputs<T>& in, const Tensor&
     const auto options = x.options();
     const Tensor states = in.allocate_states(p), adjoints = in.allocate_states(p);
     const View<T> s = in.scan(p, states, nullptr, nullptr);
-    const Tensor w = solve_adjoint(p, in, s, Heads<T>(grad_o), stop);
+    Tensor w, products;
+    std::tie(w, products) = solve_adjoint(p, in, s, Heads<T>(x), Heads<T>(grad_o), stop);
 
     const Tensor dh_kk = at::empty({p.N, p.HS, p.K, p.K}, options), dh_kv = at::empty({p.N, p.HS, p.K, p.V}, options);
     const View<T> d{adjoints.data_ptr<T>(), in.ld(p)};
@@ -770,8 +836,9 @@ BackwardResult backward(const ProblemSize& p, const Inputs<T>& in, const Tensor&
     const Tensor dk = at::empty({p.B, p.T, p.HS, p.K}, options), dv = at::empty({p.B, p.T, p.HS, p.V}, options);
     const Tensor dg = at::empty({p.B, p.T, p.HS}, options), dbeta = at::empty({p.B, p.T, p.HS}, options);
     for_chunks_and_heads(p, in.layout, [&] {
-        return AttentionGradient<T>{p, in, s, d, Heads<T>(x), Heads<T>(grad_o), Heads<T>(w), Heads<T>(dk),
-                                    Heads<T>(dv), Heads<T>(dg.unsqueeze(-2)), Heads<T>(dbeta.unsqueeze(-2))};
+        return AttentionGradient<T>{p, in, s, d, Heads<T>(x), Heads<T>(grad_o), Heads<T>(w), Heads<double>(products),
+                                    Heads<T>(dk), Heads<T>(dv), Heads<T>(dg.unsqueeze(-2)),
+                                    Heads<T>(dbeta.unsqueeze(-2))};
     });
     const Tensor dlamb = -(w * x).sum(at::IntArrayRef{0, 1}).view({p.HS, p.outputs_per_state(), p.K}).sum(1);
     return {sum_groups(w, p.HQ).to(p.dtype), sum_groups(dk, p.HK).to(p.dtype), dv.to(p.dtype), dg, dbeta, dlamb,

@@ -39,6 +39,13 @@ def test_every_regime(regime, device, dtype):
     compare(inputs, output_gradients(inputs))
 
 
+@pytest.mark.parametrize("seed", [1, 2, 22, 30])
+def test_several_draws_of_the_hardest_regime(seed):
+    """How much dg cancels differs from draw to draw: of the first 32, seed 22 was the worst."""
+    inputs = draw("corr .9, Wk", "cpu", torch.float32, heads=1, context=4096, seed=seed)
+    compare(inputs, output_gradients(inputs))
+
+
 @pytest.mark.parametrize("device, dtype", CASES)
 @pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e4])
 @pytest.mark.parametrize("regime", ["random", "corr .9, Wk"])

@@ -110,6 +110,18 @@ MESA_TARGET T dot(int64_t n, const T* a, const T* b) {
 }
 
 template <typename T>
+MESA_TARGET double wide_dot(int64_t n, const T* a, const T* b) {
+    using V = typename VectorOf<double>::type;
+    constexpr int W = VectorOf<double>::width;
+    typedef T Narrow __attribute__((vector_size(W * sizeof(T)), may_alias));
+    V sum = V{};
+    for (int64_t i = 0; i < n; i += W)
+        sum += __builtin_convertvector(*reinterpret_cast<const Narrow*>(a + i), V) *
+               __builtin_convertvector(*reinterpret_cast<const Narrow*>(b + i), V);
+    return sum_lanes<double>(reinterpret_cast<const double*>(&sum));
+}
+
+template <typename T>
 MESA_TARGET void cg_step(int64_t n, const T* lamb, const T* inverse_lamb, T* p, T* ap, T* x, T* r, CgRow<T>& row,
                          T tol2) {
     using V = typename VectorOf<T>::type;
@@ -175,7 +187,8 @@ MESA_TARGET void weigh_scores(int64_t n, const T* decay, const T* mask, T* keys,
 }
 
 template <typename T>
-constexpr Kernels<T> table{multiply<T>, cg_start<T>, cg_step<T>, dot<T>, largest<T>, scale<T>, weigh_scores<T>};
+constexpr Kernels<T> table{multiply<T>, cg_start<T>, cg_step<T>, dot<T>,
+                           wide_dot<T>, largest<T>,  scale<T>,   weigh_scores<T>};
 
 }  // namespace MESA_ISA
 }  // namespace mesa

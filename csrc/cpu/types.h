@@ -56,6 +56,7 @@ struct Kernels {
     // One step of the conjugate gradient for one row, given ap = (A - Lambda) p.
     void (*cg_step)(int64_t n, const T* lamb, const T* inverse_lamb, T* p, T* ap, T* x, T* r, CgRow<T>& row, T tol2);
     T (*dot)(int64_t n, const T* a, const T* b);
+    double (*wide_dot)(int64_t n, const T* a, const T* b);  // summed in float64
     // Of the magnitudes; NaN counts as nothing.
     T (*largest)(int64_t n, const T* a);
     // to = factor * from, anywhere and of any width; both may be the same.
