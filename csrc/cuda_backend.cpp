@@ -6,7 +6,11 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <cstdlib>
+#include <cstring>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "checks.h"
 #include "mesa.h"
@@ -30,8 +34,10 @@ constexpr int64_t kRowMultiple = 8;  // elements that the kernels load and store
 int64_t padded_width(int64_t width) { return (width + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
 
 bool rows_are_aligned(const Tensor& t) {
-    bool aligned = t.size(-1) % kRowMultiple == 0 && t.stride(-1) == 1 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-    for (int64_t d = 0; d + 1 < t.dim(); ++d) aligned = aligned && (t.size(d) == 1 || t.stride(d) * t.element_size() % 16 == 0);
+    bool aligned =
+        t.size(-1) % kRowMultiple == 0 && t.stride(-1) == 1 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+    for (int64_t d = 0; d + 1 < t.dim(); ++d)
+        aligned = aligned && (t.size(d) == 1 || t.stride(d) * t.element_size() % 16 == 0);
     return aligned;
 }
 
@@ -47,13 +53,17 @@ Tensor with_padded_rows(const Tensor& t) {
 Tensor empty_padded(at::IntArrayRef shape, const at::TensorOptions& options) {
     return at::empty({shape[0], shape[1], shape[2], padded_width(shape[3])}, options);
 }
-Tensor without_padding(const Tensor& t, int64_t width) { return t.size(3) == width ? t : t.narrow(3, 0, width).contiguous(); }
+Tensor without_padding(const Tensor& t, int64_t width) {
+    return t.size(3) == width ? t : t.narrow(3, 0, width).contiguous();
+}
 
 // t [B, T, heads, width or padded width], seen by a kernel that works on `heads` heads.
 Rows rows_of(const Tensor& t, int64_t heads, int64_t width) {
     return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), dtype_of(t), static_cast<int>(width),
             static_cast<int>(heads / t.size(2))};
 }
+
+constexpr Rows kNoRows{nullptr, 0, 0, 0, DType::f32, 0, 1};
 
 const float* floats(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
@@ -62,34 +72,61 @@ OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t
 void check_device_fits(const ProblemSize& p) {
     constexpr size_t kNeeded = 132 << 10;  // of the largest kernel
     const auto& device = *at::cuda::getCurrentDeviceProperties();
-    TORCH_CHECK(device.major >= 8, "mesa_ext needs compute capability 8.0 or newer, got ", device.name, " with ", device.major,
-                ".", device.minor);
-    TORCH_CHECK((p.K <= kChunk && p.V <= kChunk) || device.sharedMemPerBlockOptin >= kNeeded, "key and value widths above ", kChunk,
-                " need ", kNeeded >> 10, " KB of shared memory per block, ", device.name, " has ", device.sharedMemPerBlockOptin >> 10,
-                " KB; got widths ", p.K, " and ", p.V);
+    TORCH_CHECK(device.major >= 8, "mesa_ext needs compute capability 8.0 or newer, got ", device.name, " with ",
+                device.major, ".", device.minor);
+    TORCH_CHECK((p.K <= kChunk && p.V <= kChunk) || device.sharedMemPerBlockOptin >= kNeeded,
+                "key and value widths above ", kChunk, " need ", kNeeded >> 10, " KB of shared memory per block, ",
+                device.name, " has ", device.sharedMemPerBlockOptin >> 10, " KB; got widths ", p.K, " and ", p.V);
+}
+
+// Whether to use the kernels for compute capability 9.0. They have so far run only in the emulator of csrc/tests and
+// never on a card, so that they have to be asked for: MESA_EXT_KERNELS=hopper (or portable). Where there are none, for
+// this device or in this binary, the portable ones serve.
+bool use_hopper_kernels() {
+    const char* const asked = std::getenv("MESA_EXT_KERNELS");
+    const std::string kernels = asked && *asked ? asked : "portable";
+    TORCH_CHECK(kernels == "portable" || kernels == "hopper", "MESA_EXT_KERNELS must be 'portable' or 'hopper', got '",
+                kernels, "'");
+    const bool built = std::strstr(MESA_CUDA_ARCHS, "90a") != nullptr;
+    return kernels == "hopper" && built && at::cuda::getCurrentDeviceProperties()->major == 9;
 }
 
 // What the kernels of a chunked call have in common, with the tensors that they point into.
 struct Call {
     ProblemSize size;
     Problem problem;
-    Tensor k, v, g, beta, lamb, cu_seqlens;
+    Tensor k, v, g, beta, lamb, lamb_pairs, cu_seqlens;
     OptionalTensor h_kk, h_kv;
     cudaStream_t stream;
 
-    Call(const ProblemSize& p, const Tensor& k_, const Tensor& v_, const Tensor& g_, const Tensor& beta_, const Tensor& lamb_,
-         const OptionalTensor& h_kk_, const OptionalTensor& h_kv_, const OptionalTensor& cu_seqlens_)
-        : size(p), k(with_padded_rows(k_)), v(with_padded_rows(v_)), g(g_.contiguous()), beta(beta_.contiguous()),
-          lamb(lamb_.contiguous()), h_kk(contiguous(h_kk_)), h_kv(contiguous(h_kv_)), stream(at::cuda::getCurrentCUDAStream()) {
+    Call(const ProblemSize& p, const Tensor& k_, const Tensor& v_, const Tensor& g_, const Tensor& beta_,
+         const Tensor& lamb_, const OptionalTensor& h_kk_, const OptionalTensor& h_kv_,
+         const OptionalTensor& cu_seqlens_)
+        : size(p),
+          k(with_padded_rows(k_)),
+          v(with_padded_rows(v_)),
+          g(g_.contiguous()),
+          beta(beta_.contiguous()),
+          lamb(lamb_.contiguous()),
+          h_kk(contiguous(h_kk_)),
+          h_kv(contiguous(h_kv_)),
+          stream(at::cuda::getCurrentCUDAStream()) {
         check_device_fits(p);
-        if (p.K % kChunk) lamb = at::constant_pad_nd(lamb, {0, kChunk - p.K % kChunk}, 1);
+        lamb_pairs = at::empty({p.HS * tiles(static_cast<int>(p.K)) * kChunk / 2, sizeof(LambPair) / sizeof(float)},
+                               lamb.options());
         if (cu_seqlens_) cu_seqlens = cu_seqlens_->contiguous();
-        problem = {p.T, static_cast<int>(p.N), cu_seqlens_ ? cu_seqlens.const_data_ptr<int64_t>() : nullptr, static_cast<int>(p.K),
-                   static_cast<int>(p.V)};
+        problem = {p.T,
+                   static_cast<int>(p.N),
+                   cu_seqlens_ ? cu_seqlens.const_data_ptr<int64_t>() : nullptr,
+                   static_cast<int>(p.K),
+                   static_cast<int>(p.V),
+                   use_hopper_kernels(),
+                   kSegmentChunks};
     }
 
     Gates gates(int64_t heads) const {
-        return {g.const_data_ptr<float>(), beta.const_data_ptr<float>(), static_cast<int>(size.HS), static_cast<int>(heads / size.HS)};
+        return {g.const_data_ptr<float>(), beta.const_data_ptr<float>(), static_cast<int>(size.HS),
+                static_cast<int>(heads / size.HS)};
     }
     Rows k_rows(int64_t heads) const { return rows_of(k, heads, size.K); }
     Rows v_rows(int64_t heads) const { return rows_of(v, heads, size.V); }
@@ -102,36 +139,70 @@ struct States {
     int64_t heads;
 
     States(const Call& call, int64_t heads_)
-        : panels(at::empty({call.problem.slots() * heads_ * split_state_panels(call.problem) * kPanel}, call.float_options().dtype(at::kHalf))),
-          scales(at::empty({call.problem.slots() * heads_ * (tiles(call.problem.V) + tiles(call.problem.K))}, call.float_options())),
+        : panels(at::empty({call.problem.slots() * heads_ * split_state_panels(call.problem) * kPanel},
+                           call.float_options().dtype(at::kHalf))),
+          scales(at::empty({call.problem.slots() * heads_ * (tiles(call.problem.V) + tiles(call.problem.K))},
+                           call.float_options())),
           heads(heads_) {}
 
     SplitStates view(int64_t kernel_heads) const {
-        return {static_cast<__half*>(panels.data_ptr()), scales.data_ptr<float>(), static_cast<int>(heads), static_cast<int>(kernel_heads / heads)};
+        return {static_cast<__half*>(panels.data_ptr()), scales.data_ptr<float>(), static_cast<int>(heads),
+                static_cast<int>(kernel_heads / heads)};
     }
+};
+
+// The sums of long sequences' segments, for the time of one launch_chunk_states.
+struct SegmentSums {
+    Tensor sums, decays;
+
+    SegmentSums(const Call& call, int64_t heads) {
+        if (!call.problem.segmented()) return;
+        const int64_t count = call.problem.segments() * heads;
+        sums = at::empty({count * segment_sum_size(call.problem)}, call.float_options());
+        decays = at::empty({count}, call.float_options());
+    }
+    float* sums_data() const { return sums.defined() ? sums.data_ptr<float>() : nullptr; }
+    float* decays_data() const { return decays.defined() ? decays.data_ptr<float>() : nullptr; }
 };
 
 void forward_states(const Call& c, const States& states, float* end_kk, float* end_kv) {
     const int64_t heads = c.size.HS;
-    C10_CUDA_CHECK(launch_chunk_states({c.problem, c.k_rows(heads), {c.v_rows(heads), c.k_rows(heads)}, c.gates(heads),
-                                        floats(c.h_kv), floats(c.h_kk), end_kv, end_kk, states.view(heads), static_cast<int>(heads), 1,
-                                        false},
+    const SegmentSums segments(c, heads);
+    C10_CUDA_CHECK(launch_chunk_states({c.problem,
+                                        c.k_rows(heads),
+                                        {c.v_rows(heads), c.k_rows(heads)},
+                                        c.gates(heads),
+                                        floats(c.h_kv),
+                                        floats(c.h_kk),
+                                        end_kv,
+                                        end_kk,
+                                        states.view(heads),
+                                        static_cast<int>(heads),
+                                        1,
+                                        false,
+                                        segments.sums_data(),
+                                        segments.decays_data(),
+                                        c.lamb.const_data_ptr<float>(),
+                                        static_cast<LambPair*>(c.lamb_pairs.data_ptr())},
                                        c.stream));
 }
 
-void solve(const Call& c, const States& states, const Tensor& rhs, const Tensor& x, int* steps, float* bound, int64_t max_iterations,
-           double tolerance) {
+void solve(const Call& c, const States& states, const Tensor& rhs, const Tensor& x, const Rows& rounded, int* steps,
+           float* bound, int64_t max_iterations, double tolerance) {
     const int64_t heads = c.size.HO;
-    C10_CUDA_CHECK(launch_solve({c.problem, rows_of(rhs, heads, c.size.K), c.k_rows(heads), c.gates(heads), c.lamb.const_data_ptr<float>(),
-                                 states.view(heads), rows_of(x, heads, c.size.K), steps, bound, static_cast<int>(heads),
+    C10_CUDA_CHECK(launch_solve({c.problem, rows_of(rhs, heads, c.size.K), c.k_rows(heads), c.gates(heads),
+                                 static_cast<const LambPair*>(c.lamb_pairs.const_data_ptr()), states.view(heads),
+                                 rows_of(x, heads, c.size.K), rounded, steps, bound, static_cast<int>(heads),
                                  static_cast<int>(max_iterations), static_cast<float>(tolerance)},
                                 c.stream));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
     const Tensor& q_, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
-    const OptionalTensor& h_kk, const OptionalTensor& h_kv, const OptionalTensor& cu_seqlens, int64_t max_cg_iterations, double cg_tol) {
-    const ProblemSize p = check_chunk_inputs(q_, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
+    const OptionalTensor& h_kk, const OptionalTensor& h_kv, const OptionalTensor& cu_seqlens, int64_t max_cg_iterations,
+    double cg_tol) {
+    const ProblemSize p =
+        check_chunk_inputs(q_, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
     const c10::cuda::CUDAGuard guard(q_.device());
     const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
     const Tensor q = with_padded_rows(q_);
@@ -142,9 +213,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
 
     const States states(c, p.HS);
     forward_states(c, states, end_kk.data_ptr<float>(), end_kv.data_ptr<float>());
-    solve(c, states, q, x, steps.data_ptr<int>(), bound.data_ptr<float>(), max_cg_iterations, cg_tol);
-    C10_CUDA_CHECK(launch_readout({c.problem, rows_of(x, p.HO, p.K), c.k_rows(p.HO), c.v_rows(p.HO), c.gates(p.HO), states.view(p.HO),
-                                   rows_of(o, p.HO, p.V), static_cast<int>(p.HO), false},
+    solve(c, states, q, x, kNoRows, steps.data_ptr<int>(), bound.data_ptr<float>(), max_cg_iterations, cg_tol);
+    C10_CUDA_CHECK(launch_readout({c.problem, rows_of(x, p.HO, p.K), c.k_rows(p.HO), c.v_rows(p.HO), c.gates(p.HO),
+                                   states.view(p.HO), rows_of(o, p.HO, p.V), static_cast<int>(p.HO), false},
                                   c.stream));
     return {without_padding(o, p.V), without_padding(x, p.K), end_kk, end_kv, steps, bound};
 }
@@ -156,9 +227,10 @@ Tensor sum_groups(const Tensor& t, int64_t dim, int64_t heads, at::ScalarType dt
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_backward(
-    const Tensor& grad_o, const OptionalTensor& dh_kk_final, const OptionalTensor& dh_kv_final, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb, const OptionalTensor& h_kk, const OptionalTensor& h_kv,
-    const OptionalTensor& cu_seqlens, const Tensor& x_, int64_t max_cg_iterations, double cg_tol) {
+    const Tensor& grad_o, const OptionalTensor& dh_kk_final, const OptionalTensor& dh_kv_final, const Tensor& q,
+    const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
+    const OptionalTensor& h_kk, const OptionalTensor& h_kv, const OptionalTensor& cu_seqlens, const Tensor& x_,
+    int64_t max_cg_iterations, double cg_tol) {
     const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
     check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x_);
     const c10::cuda::CUDAGuard guard(q.device());
@@ -174,48 +246,76 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     // w = (H + Lambda)^-1 G do, solved in the place of its right-hand side.
     const Tensor w = empty_padded({p.B, p.T, p.HO, p.K}, f32);
     const Rows do_rows = rows_of(d_o, heads, p.V), x_rows = rows_of(x, heads, p.K), w_rows = rows_of(w, heads, p.K);
-    C10_CUDA_CHECK(launch_readout({c.problem, do_rows, c.v_rows(heads), c.k_rows(heads), c.gates(heads), states.view(heads), w_rows, heads, true},
-                                  c.stream));
-    solve(c, states, w, w, nullptr, nullptr, max_cg_iterations, cg_tol);
+    C10_CUDA_CHECK(launch_readout(
+        {c.problem, do_rows, c.v_rows(heads), c.k_rows(heads), c.gates(heads), states.view(heads), w_rows, heads, true},
+        c.stream));
+    // With a head of q for every output head, dq is w in q's dtype.
+    const bool own_dq = p.HO == p.HQ && q.scalar_type() != at::kFloat;
+    const Tensor dq = own_dq ? empty_padded({p.B, p.T, p.HO, p.K}, q.options()) : w;
+    solve(c, states, w, w, own_dq ? rows_of(dq, heads, p.K) : kNoRows, nullptr, nullptr, max_cg_iterations,
+          cg_tol);
 
     const Tensor end_kk = at::empty({p.N, p.HO, p.K, p.K}, f32), end_kv = at::empty({p.N, p.HO, p.K, p.V}, f32);
-    C10_CUDA_CHECK(launch_chunk_states({c.problem, x_rows, {do_rows, w_rows}, c.gates(heads),
-                                        floats(start_kv), floats(start_kk), end_kv.data_ptr<float>(), end_kk.data_ptr<float>(),
-                                        adjoints.view(heads), heads, static_cast<int>(p.outputs_per_state()), true},
+    const SegmentSums segments(c, heads);
+    C10_CUDA_CHECK(launch_chunk_states({c.problem,
+                                        x_rows,
+                                        {do_rows, w_rows},
+                                        c.gates(heads),
+                                        floats(start_kv),
+                                        floats(start_kk),
+                                        end_kv.data_ptr<float>(),
+                                        end_kk.data_ptr<float>(),
+                                        adjoints.view(heads),
+                                        heads,
+                                        static_cast<int>(p.outputs_per_state()),
+                                        true,
+                                        segments.sums_data(),
+                                        segments.decays_data(),
+                                        nullptr,
+                                        nullptr},
                                        c.stream));
 
     // Grouped heads: every output head makes its own gradients, in float32, which are then added up.
     const auto own = [&](int64_t group_heads) { return p.HO == group_heads ? q.options() : f32; };
-    const Tensor dk = empty_padded({p.B, p.T, p.HO, p.K}, own(p.HK)), dv = empty_padded({p.B, p.T, p.HO, p.V}, own(p.HS));
+    const Tensor dk = empty_padded({p.B, p.T, p.HO, p.K}, own(p.HK)),
+                 dv = empty_padded({p.B, p.T, p.HO, p.V}, own(p.HS));
     const Tensor dg = at::empty({p.B, p.T, p.HO}, f32), dbeta = at::empty({p.B, p.T, p.HO}, f32);
-    const Tensor dlamb = at::zeros({c.problem.slots(), p.HO, p.K}, f32);  // packed sequences leave some slots unused
-    C10_CUDA_CHECK(launch_grad({c.problem, x_rows, w_rows, do_rows, c.k_rows(heads), c.v_rows(heads), c.gates(heads),
-                                states.view(heads), adjoints.view(heads), rows_of(dk, heads, p.K), rows_of(dv, heads, p.V), dg.data_ptr<float>(), dbeta.data_ptr<float>(), dlamb.data_ptr<float>(), heads},
-                               c.stream));
+    const std::vector<int64_t> dlamb_shape = {c.problem.slots(), p.HO, p.K};
+    const Tensor dlamb =
+        cu_seqlens ? at::zeros(dlamb_shape, f32) : at::empty(dlamb_shape, f32);  // packed: some slots are not in use
+    C10_CUDA_CHECK(
+        launch_grad({c.problem, x_rows, w_rows, do_rows, c.k_rows(heads), c.v_rows(heads), c.gates(heads),
+                     states.view(heads), adjoints.view(heads), rows_of(dk, heads, p.K), rows_of(dv, heads, p.V),
+                     dg.data_ptr<float>(), dbeta.data_ptr<float>(), dlamb.data_ptr<float>(), heads},
+                    c.stream));
 
-    return {sum_groups(without_padding(w, p.K), 2, p.HQ, p.dtype),
+    return {sum_groups(without_padding(dq, p.K), 2, p.HQ, p.dtype),
             sum_groups(without_padding(dk, p.K), 2, p.HK, p.dtype),
             sum_groups(without_padding(dv, p.V), 2, p.HS, p.dtype),       sum_groups(dg, 2, p.HS, at::kFloat),
             sum_groups(dbeta, 2, p.HS, at::kFloat), sum_groups(dlamb.sum(0), 0, p.HS, at::kFloat),
             sum_groups(end_kk, 1, p.HS, at::kFloat), sum_groups(end_kv, 1, p.HS, at::kFloat)};
 }
 
-Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
-                   const Tensor& h_kk, const Tensor& h_kv, const OptionalTensor& state_indices, int64_t max_cg_iterations, double cg_tol) {
-    const ProblemSize p = check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol);
+Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                   const Tensor& lamb, const Tensor& h_kk, const Tensor& h_kv, const OptionalTensor& state_indices,
+                   int64_t max_cg_iterations, double cg_tol) {
+    const ProblemSize p =
+        check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol);
     const c10::cuda::CUDAGuard guard(q.device());
     check_device_fits(p);
     Tensor o = at::empty({p.B, p.HO, p.V}, q.options());
     // The decode kernel reads element by element and needs no padding, only dense rows.
     const auto token = [](const Tensor& t) { return (t.stride(-1) == 1 ? t : t.contiguous()).unsqueeze(1); };
-    const Tensor q1 = token(q), k1 = token(k), v1 = token(v), g1 = g.contiguous(), beta1 = beta.contiguous(), lamb1 = lamb.contiguous();
+    const Tensor q1 = token(q), k1 = token(k), v1 = token(v), g1 = g.contiguous(), beta1 = beta.contiguous(),
+                 lamb1 = lamb.contiguous();
     const OptionalTensor indices = contiguous(state_indices);
-    C10_CUDA_CHECK(launch_decode({rows_of(q1, p.HO, p.K), rows_of(k1, p.HS, p.K), rows_of(v1, p.HS, p.V), rows_of(o.unsqueeze(1), p.HO, p.V),
-                                  g1.const_data_ptr<float>(), beta1.const_data_ptr<float>(), lamb1.const_data_ptr<float>(),
-                                  h_kk.data_ptr<float>(), h_kv.data_ptr<float>(), indices ? indices->const_data_ptr<int64_t>() : nullptr,
-                                  p.N, static_cast<int>(p.B), static_cast<int>(p.HS), static_cast<int>(p.HO), static_cast<int>(p.K),
-                                  static_cast<int>(p.V), static_cast<int>(max_cg_iterations), static_cast<float>(cg_tol)},
-                                 at::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(launch_decode(
+        {rows_of(q1, p.HO, p.K), rows_of(k1, p.HS, p.K), rows_of(v1, p.HS, p.V), rows_of(o.unsqueeze(1), p.HO, p.V),
+         g1.const_data_ptr<float>(), beta1.const_data_ptr<float>(), lamb1.const_data_ptr<float>(),
+         h_kk.data_ptr<float>(), h_kv.data_ptr<float>(), indices ? indices->const_data_ptr<int64_t>() : nullptr, p.N,
+         static_cast<int>(p.B), static_cast<int>(p.HS), static_cast<int>(p.HO), static_cast<int>(p.K),
+         static_cast<int>(p.V), static_cast<int>(max_cg_iterations), static_cast<float>(cg_tol)},
+        at::cuda::getCurrentCUDAStream()));
     return o;
 }
 

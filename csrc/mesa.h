@@ -19,9 +19,9 @@ constexpr int kMaxWidth = 128;           // of K and V
 
 enum class DType : int { f16, bf16, f32 };
 
-// A [B, T, H, width] tensor; strides in elements. Every row is contiguous, starts at a multiple of 16 bytes and is padded
-// to a multiple of 8 elements with zeros, which the kernels write too. A kernel's head h uses head h / group, so that
-// grouped heads need no copies.
+// A [B, T, H, width] tensor; strides in elements. Every row is contiguous, starts at a multiple of 16 bytes and is
+// padded to a multiple of 8 elements with zeros, which the kernels write too. A kernel's head h uses head h / group, so
+// that grouped heads need no copies.
 struct Rows {
     void* data;
     int64_t batch_stride, token_stride, head_stride;
@@ -37,9 +37,22 @@ struct Problem {
     int N;
     const int64_t* cu_seqlens;  // [N + 1] on the device, or null: N sequences of T tokens, one per batch row
     int K, V;
+    bool hopper;         // use the kernels for compute capability 9.0 where there are any
+    int segment_chunks;  // see StateArgs
 
     int64_t slots() const { return cu_seqlens ? T / kChunk + N : N * ((T + kChunk - 1) / kChunk); }
+    // An empty sequence has a segment too, which makes its final state.
+    int64_t segment_tokens() const { return int64_t(segment_chunks) * kChunk; }
+    int64_t segments() const {
+        if (cu_seqlens) return T / segment_tokens() + N;
+        return T == 0 ? N : N * ((T + segment_tokens() - 1) / segment_tokens());
+    }
+    bool segmented() const { return T > segment_tokens(); }
 };
+
+// Long sequences are cut into segments of so many chunks, always at the same tokens, so that no result depends on what
+// else is in the batch.
+constexpr int kSegmentChunks = 64;
 
 struct Gates {
     const float* g;     // [B, T, heads / group] natural logarithm of the decay
@@ -63,8 +76,17 @@ inline int64_t split_state_panels(const Problem& p) {  // panels of one slot and
     return int64_t(tiles(p.V) + tiles(p.K)) * tiles(p.K) * 2;
 }
 
+// Elements of one segment's joint state: column tiles of 64 columns, in no particular order.
+inline int64_t segment_sum_size(const Problem& p) { return int64_t(tiles(p.V) + tiles(p.K)) * tiles(p.K) * kPanel; }
+
+// Two neighbouring elements of lamb as the solver wants them.
+struct alignas(16) LambPair {
+    float lamb[2], inverse[2];
+};
+
 // S <- decay S + sum_j w_j keys_j values_j', chunk by chunk, forwards from the initial state or (reverse) backwards
-// from the gradient of the final state. The state that a chunk meets is stored in `states`.
+// from the gradient of the final state. The state that a chunk meets is stored in `states`. Sequences longer than a
+// segment are worked on in parallel: the sum of every segment first, then the states before them, then all chunks.
 struct StateArgs {
     Problem problem;
     Rows keys;       // k, or x (reverse)
@@ -78,6 +100,10 @@ struct StateArgs {
     int heads;
     int start_group;  // only heads with h % start_group == 0 take the start
     bool reverse;
+    float* segment_sums;    // [segments, heads, segment_sum_size] where problem.segmented(), for the kernels' own use
+    float* segment_decays;  // [segments, heads] likewise
+    const float* lamb;      // [heads, K] } with this the kernel fills in what the solver will want (not reverse)
+    LambPair* lamb_pairs;   // [heads, K / 2 padded to a multiple of 32 (with ones)], or null
 };
 cudaError_t launch_chunk_states(const StateArgs&, cudaStream_t);
 
@@ -87,9 +113,10 @@ struct SolveArgs {
     Rows rhs;      // q, or dx
     Rows keys;
     Gates gates;
-    const float* lamb;  // [heads of the state, K padded to a multiple of 64 (with ones)]
+    const LambPair* lamb;  // [heads of the state, K / 2 padded to a multiple of 32 (with ones)]
     SplitStates states;
     Rows x;        // float32; may be rhs itself
+    Rows rounded;  // x in another dtype too, or data null
     int* steps;    // [B, T, heads] or null
     float* bound;  // [B, T, heads] or null
     int heads;

@@ -28,13 +28,28 @@ __device__ __forceinline__ int64_t sequence_start(const Problem& p, int n) {
     return start < 0 ? 0 : (start > p.T ? p.T : start);
 }
 
-__device__ __forceinline__ Sequence find_sequence(const Problem& p, int n) {
-    if (!p.cu_seqlens) {
-        const int64_t chunks = (p.T + kChunk - 1) / kChunk;
-        return {n, 0, p.T, n * chunks};
-    }
+// Places of `unit` tokens: slots, or segments (of which an empty sequence has one too).
+__device__ __forceinline__ int64_t places_of_each(const Problem& p, int unit) {
+    return p.T == 0 ? 1 : (p.T + unit - 1) / unit;
+}
+
+// Sequence n and its first place.
+__device__ __forceinline__ Sequence find_sequence(const Problem& p, int n, int unit) {
+    if (!p.cu_seqlens) return {n, 0, p.T, n * places_of_each(p, unit)};
     const int64_t start = sequence_start(p, n), end = sequence_start(p, n + 1);
-    return {0, start, end > start ? end - start : 0, start / kChunk + n};
+    return {0, start, end > start ? end - start : 0, start / unit + n};
+}
+
+// The last sequence whose first place is at or before `place`.
+__device__ __forceinline__ int sequence_at(const Problem& p, int64_t place, int unit) {
+    if (!p.cu_seqlens) return static_cast<int>(place / places_of_each(p, unit));
+    int low = 0, high = p.N - 1;
+    while (low < high) {
+        const int mid = (low + high + 1) / 2;
+        if (sequence_start(p, mid) / unit + mid <= place) low = mid;
+        else high = mid - 1;
+    }
+    return low;
 }
 
 __device__ __forceinline__ Chunk chunk_of(const Sequence& s, int64_t index) {
@@ -43,19 +58,7 @@ __device__ __forceinline__ Chunk chunk_of(const Sequence& s, int64_t index) {
 }
 
 __device__ __forceinline__ Chunk find_chunk(const Problem& p, int64_t slot) {
-    int n;
-    if (!p.cu_seqlens) {
-        n = static_cast<int>(slot / ((p.T + kChunk - 1) / kChunk));
-    } else {  // the last sequence that starts at or before the slot
-        int low = 0, high = p.N - 1;
-        while (low < high) {
-            const int mid = (low + high + 1) / 2;
-            if (sequence_start(p, mid) / kChunk + mid <= slot) low = mid;
-            else high = mid - 1;
-        }
-        n = low;
-    }
-    const Sequence s = find_sequence(p, n);
+    const Sequence s = find_sequence(p, sequence_at(p, slot, kChunk), kChunk);
     return slot < s.first_slot ? Chunk{s.batch, s.token, 0} : chunk_of(s, slot - s.first_slot);
 }
 
@@ -67,29 +70,42 @@ struct ChunkGates {
     float beta[kChunk];
 
     // exp(g_{i+1} + ... + g_j reversed): decay from token j to token i >= j.
-    __device__ __forceinline__ float decay(int i, int j) const { return ptx::exp2_approx((hi[i] - hi[j]) + (lo[i] - lo[j])); }
+    __device__ __forceinline__ float decay(int i, int j) const {
+        return ptx::exp2_approx((hi[i] - hi[j]) + (lo[i] - lo[j]));
+    }
     __device__ __forceinline__ float decay_from_start(int i) const { return ptx::exp2_approx(hi[i] + lo[i]); }
 };
 
 // Below this exp(g) is zero in float32; -inf would make differences of sums undefined.
 constexpr float kSmallestLogDecay = -128.f;
 
-// By warp 0; tokens past the end neither decay nor enter.
-__device__ __forceinline__ void load_gates(ChunkGates& out, const Gates& gates, const Problem& p, const Chunk& c, int head) {
-    if (threadIdx.x >= 32) return;
+// Gates of two neighbouring tokens, in the registers of each lane of warp 0; tokens past the end neither decay nor
+// enter.
+struct GatePair {
+    float g[2], beta[2];
+};
+
+__device__ __forceinline__ GatePair fetch_gates(const Gates& gates, const Problem& p, const Chunk& c, int head) {
+    GatePair pair = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int t = threadIdx.x * 2 + i;
+        if (t < c.length) {
+            const int64_t at = (c.batch * p.T + c.token + t) * gates.heads + head / gates.group;
+            pair.g[i] = gates.g[at];
+            pair.beta[i] = gates.beta[at];
+        }
+    }
+    return pair;
+}
+
+__device__ __forceinline__ void store_gates(ChunkGates& out, const GatePair& pair) {
     const int lane = threadIdx.x;
     double sum[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int t = lane * 2 + i;
-        float g = 0.f, beta = 0.f;
-        if (t < c.length) {
-            const int64_t at = (c.batch * p.T + c.token + t) * gates.heads + head / gates.group;
-            g = gates.g[at];
-            beta = gates.beta[at];
-        }
-        if (g < kSmallestLogDecay) g = kSmallestLogDecay;  // leaves NaN
-        out.beta[t] = beta;
+        const float g = pair.g[i] < kSmallestLogDecay ? kSmallestLogDecay : pair.g[i];  // leaves NaN
+        out.beta[lane * 2 + i] = pair.beta[i];
         sum[i] = g * 1.4426950408889634;
     }
     double total = sum[0] + sum[1];
@@ -107,6 +123,11 @@ __device__ __forceinline__ void load_gates(ChunkGates& out, const Gates& gates, 
     }
 }
 
+__device__ __forceinline__ void load_gates(ChunkGates& out, const Gates& gates, const Problem& p, const Chunk& c,
+                                           int head) {
+    if (threadIdx.x < 32) store_gates(out, fetch_gates(gates, p, c, head));
+}
+
 // ---- rows -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int padded_width(const Rows& m) { return (m.width + 7) & ~7; }
@@ -115,26 +136,45 @@ __device__ __forceinline__ int64_t row_offset(const Rows& m, const Chunk& c, int
     return c.batch * m.batch_stride + (c.token + token) * m.token_stride + (head / m.group) * m.head_stride;
 }
 
+// Eight neighbouring elements as they lie in memory.
+template <bool Float32>
+struct Raw8 {
+    uint4 words[Float32 ? 2 : 1];
+};
+
 // Columns col .. col + 7 (col a multiple of 8); zero past the width and its padding.
 template <bool Float32>
-__device__ __forceinline__ void load8(float (&v)[8], const Rows& m, int64_t at, int col) {
+__device__ __forceinline__ Raw8<Float32> fetch8(const Rows& m, int64_t at, int col) {
+    Raw8<Float32> raw = {};
+    if (col >= m.width) return raw;
+    const uint4* p = reinterpret_cast<const uint4*>(static_cast<const char*>(m.data) + (at + col) * (Float32 ? 4 : 2));
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = 0.f;
-    if (col >= m.width) return;
-    if constexpr (Float32) {
-        const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(m.data) + at + col);
-        const float4 a = p[0], b = p[1];
-        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-    } else {
-        const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(m.data) + at + col);
-        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+    for (int i = 0; i < (Float32 ? 2 : 1); ++i) raw.words[i] = p[i];
+    return raw;
+}
+
+template <bool Float32>
+__device__ __forceinline__ void convert8(float (&v)[8], const Raw8<Float32>& raw, DType dtype) {
+#pragma unroll
+    for (int w = 0; w < (Float32 ? 2 : 1); ++w) {
+        const uint32_t words[4] = {raw.words[w].x, raw.words[w].y, raw.words[w].z, raw.words[w].w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float2 f = m.dtype == DType::f16 ? unpack(words[i])
-                                                   : float2{__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u)};
-            v[i * 2] = f.x, v[i * 2 + 1] = f.y;
+            if constexpr (Float32) {
+                v[w * 4 + i] = __uint_as_float(words[i]);
+            } else {
+                const float2 f = dtype == DType::f16
+                                     ? unpack(words[i])
+                                     : float2{__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u)};
+                v[i * 2] = f.x, v[i * 2 + 1] = f.y;
+            }
         }
     }
+}
+
+template <bool Float32>
+__device__ __forceinline__ void load8(float (&v)[8], const Rows& m, int64_t at, int col) {
+    convert8<Float32>(v, fetch8<Float32>(m, at, col), m.dtype);
 }
 
 __device__ __forceinline__ void load8(float (&v)[8], const Rows& m, int64_t at, int col) {
@@ -142,8 +182,15 @@ __device__ __forceinline__ void load8(float (&v)[8], const Rows& m, int64_t at, 
     else load8<false>(v, m, at, col);
 }
 
+// Two neighbouring elements in 16 bits.
+__device__ __forceinline__ uint32_t pack(DType dtype, float a, float b) {
+    const __nv_bfloat162 brain = __floats2bfloat162_rn(a, b);
+    return dtype == DType::f16 ? pack(a, b) : reinterpret_cast<const uint32_t&>(brain);
+}
+
 // A warp's 16 rows from first_row on, columns col0 .. col0 + 63.
-__device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int head, int first_row, int col0, const Acc& acc, int lane) {
+__device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int head, int first_row, int col0,
+                                            const Acc& acc, int lane) {
     const int columns = padded_width(m) - col0 - acc_col(lane, 0);  // from this lane's first one on
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -154,14 +201,13 @@ __device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int h
             float* const to = static_cast<float*>(m.data) + at;
 #pragma unroll
             for (int n = 0; n < 8; ++n)
-                if (n * 8 < columns) *reinterpret_cast<float2*>(to + n * 8) = {acc.c[n][half * 2], acc.c[n][half * 2 + 1]};
+                if (n * 8 < columns)
+                    *reinterpret_cast<float2*>(to + n * 8) = {acc.c[n][half * 2], acc.c[n][half * 2 + 1]};
         } else {
             uint16_t* const to = static_cast<uint16_t*>(m.data) + at;
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const float a = acc.c[n][half * 2], b = acc.c[n][half * 2 + 1];
-                const __nv_bfloat162 brain = __floats2bfloat162_rn(a, b);
-                const uint32_t pair = m.dtype == DType::f16 ? pack(a, b) : reinterpret_cast<const uint32_t&>(brain);
+                const uint32_t pair = pack(m.dtype, acc.c[n][half * 2], acc.c[n][half * 2 + 1]);
                 if (n * 8 < columns) *reinterpret_cast<uint32_t*>(to + n * 8) = pair;
             }
         }
@@ -175,7 +221,8 @@ __device__ __forceinline__ void prefetch_rows(const Rows& m, const Chunk& c, int
     const int t = threadIdx.x / kLanes, size = m.dtype == DType::f32 ? 4 : 2, end = min(col0 + columns, m.width) * size;
     if (t >= c.length) return;
     const char* const row = static_cast<const char*>(m.data) + row_offset(m, c, t, head) * size;
-    for (int at = col0 * size + threadIdx.x % kLanes * kLine; at < end; at += kLanes * kLine) ptx::prefetch_l2(row + at);
+    for (int at = col0 * size + threadIdx.x % kLanes * kLine; at < end; at += kLanes * kLine)
+        ptx::prefetch_l2(row + at);
 }
 
 __device__ __forceinline__ float max_abs(const float (&v)[8]) {
@@ -199,30 +246,49 @@ __device__ __forceinline__ void store_panel8(__half* panel, int row, int col, co
     if constexpr (Terms == 2) *reinterpret_cast<uint4*>(panel + kPanel + at) = {lo[0], lo[1], lo[2], lo[3]};
 }
 
-// The 64 rows of a chunk, columns col0 .. col0 + 64 Panels - 1, into panels; every row is scaled by a power of two so
-// that its largest element lies in [2^target, 2^(target + 1)). row_scale[t] undoes it. Eight lanes share a row. Two terms
-// are for what is not exact in one: float32.
-template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads>
-__device__ __forceinline__ void load_rows(__half* panels, float* row_scale, const Rows& m, const Chunk& c, int head, int col0,
-                                          int target) {
-    constexpr int kRowsAtOnce = Threads / 8;
-#pragma unroll 2  // all four of 128 threads at once would need more registers than there are
-    for (int pass = 0; pass < kChunk / kRowsAtOnce; ++pass) {
-        const int t = pass * kRowsAtOnce + threadIdx.x / 8, col = (threadIdx.x % 8) * 8;
+// A thread's part of one row of a chunk, columns col0 .. col0 + 64 Panels - 1: eight neighbouring threads share a row.
+__device__ __forceinline__ int part_column() { return threadIdx.x % 8 * 8; }
+
+template <int Panels, bool Float32>
+struct RowPart {
+    Raw8<Float32> pieces[Panels];
+
+    __device__ __forceinline__ void fetch(const Rows& m, const Chunk& c, int head, int t, int col0) {
+        const int past = t < c.length ? 0 : m.width;  // rows past the end read as zero like columns past the width
+#pragma unroll
+        for (int i = 0; i < Panels; ++i)
+            pieces[i] = fetch8<Float32>(m, row_offset(m, c, t, head), col0 + i * kChunk + part_column() + past);
+    }
+
+    // Into row t of panels, scaled by a power of two so that the row's largest element lies in [2^target,
+    // 2^(target + 1)); row_scale[t] undoes it. Two terms are for what is not exact in one: float32.
+    template <int Terms>
+    __device__ __forceinline__ void store(__half* panels, float* row_scale, int t, DType dtype, int target) const {
         float v[Panels][8];
         float amax = 0.f;
 #pragma unroll
         for (int i = 0; i < Panels; ++i) {
-            const int past = t < c.length ? 0 : m.width;  // rows past the end read as zero like columns past the width
-            load8<Float32>(v[i], m, row_offset(m, c, t, head), col0 + i * kChunk + col + past);
+            convert8<Float32>(v[i], pieces[i], dtype);
             amax = fmaxf(amax, max_abs(v[i]));
         }
 #pragma unroll
         for (int d = 1; d < 8; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
         const Pow2Scale s = scale_to(amax, target);
 #pragma unroll
-        for (int i = 0; i < Panels; ++i) store_panel8<Terms>(panels + i * Terms * kPanel, t, col, v[i], s.up);
+        for (int i = 0; i < Panels; ++i) store_panel8<Terms>(panels + i * Terms * kPanel, t, part_column(), v[i], s.up);
         if (threadIdx.x % 8 == 0) row_scale[t] = s.down;
+    }
+};
+
+// The 64 rows of a chunk from global memory into panels.
+template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads>
+__device__ __forceinline__ void load_rows(__half* panels, float* row_scale, const Rows& m, const Chunk& c, int head,
+                                          int col0, int target) {
+#pragma unroll 2  // all four of 128 threads at once would need more registers than there are
+    for (int t = threadIdx.x / 8; t < kChunk; t += Threads / 8) {
+        RowPart<Panels, Float32> part;
+        part.fetch(m, c, head, t, col0);
+        part.template store<Terms>(panels, row_scale, t, m.dtype, target);
     }
 }
 
@@ -247,7 +313,8 @@ __device__ __forceinline__ void stage_rows(float* to, const Rows& m, const Chunk
 // ---- split states -----------------------------------------------------------------------------------------------
 
 // Index of a column tile in `scales`; times twice the row tiles, of its first panel.
-__device__ __forceinline__ int64_t state_tile(const SplitStates& s, int64_t slot, int head, int column_tiles, int tile) {
+__device__ __forceinline__ int64_t state_tile(const SplitStates& s, int64_t slot, int head, int column_tiles,
+                                              int tile) {
     return (slot * s.heads + head / s.group) * column_tiles + tile;
 }
 
@@ -259,19 +326,40 @@ __device__ __forceinline__ void copy_panels(__half* to, const __half* from) {
         reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
 }
 
+// The same without waiting: complete after ptx::cp_async_wait and a barrier.
+template <int Panels, int Threads = kThreads>
+__device__ __forceinline__ void copy_panels_async(__half* to, const __half* from) {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < Panels * kPanel / 8; i += Threads) ptx::cp_async16(to + i * 8, from + i * 8);
+}
+
+// Asks for panels to come to the L2 cache.
+template <int Panels, int Threads = kThreads>
+__device__ __forceinline__ void prefetch_panels(const __half* from) {
+    constexpr int kLine = 128 / sizeof(__half);
+#pragma unroll
+    for (int i = threadIdx.x; i < Panels * kPanel / kLine; i += Threads) ptx::prefetch_l2(from + i * kLine);
+}
+
 // ---- launching --------------------------------------------------------------------------------------------------
 
-// Launches `kernel` with more than 48 KB of shared memory allowed.
+// Launches `kernel`, with more than the usual 48 KB of shared memory where it needs them.
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), const Args& args, int64_t blocks, size_t shared_bytes, cudaStream_t stream,
                    int threads = kThreads) {
     if (blocks == 0) return cudaSuccess;
     if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (status != cudaSuccess) return status;
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args);
-    return cudaGetLastError();
+    if (shared_bytes > 48 * 1024) {
+        const cudaError_t status =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        if (status != cudaSuccess) return status;
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 }  // namespace mesa

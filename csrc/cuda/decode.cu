@@ -1,5 +1,5 @@
-// decode: one token for every sequence. States in fp32 are updated in place, the system is solved with the same rules as
-// in the chunked path (cg.h), and the output is read from the updated G.
+// decode: one token for every sequence. States in fp32 are updated in place, the system is solved with the same rules
+// as in the chunked path (cg.h), and the output is read from the updated G.
 //
 // One block of 8 warps owns a sequence and state head. H stays in registers: a warp holds KP / 8 rows, a lane the same
 // KP / 32 columns of each. Since H is symmetric, H p is taken as the sum of p_i times row i: no shuffles, one exchange
@@ -228,10 +228,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2) decode_kernel(const __grid_con
 
 template <int KP>
 cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
-    const int64_t blocks = int64_t(a.B) * a.HS;
-    if (blocks == 0) return cudaSuccess;
-    decode_kernel<KP><<<static_cast<unsigned>(blocks), kWarps * 32, 0, stream>>>(a);
-    return cudaGetLastError();
+    return launch(decode_kernel<KP>, a, int64_t(a.B) * a.HS, 0, stream, kWarps * 32);
 }
 
 }  // namespace

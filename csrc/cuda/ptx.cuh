@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+#if defined(MESA_EMULATE)  // the same functions for a test without a GPU
+#include "../tests/emulator/instructions.h"
+#else
+
+// Declares the block's dynamic shared memory. (Returned by a function, it costs some kernels registers.)
+#define MESA_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+
 namespace mesa::ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -27,15 +34,27 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
 // c[16x8] += a[16x16] b[16x8], fp16 in, fp32 out.
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// 16 bytes from global to shared memory without a register in between; both addresses are multiples of 16.
+__device__ __forceinline__ void cp_async16(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all but the thread's last N groups are complete.
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
 // A cached read that stays where it is written: hoisted out of a loop, such constants would fill the registers.
-__device__ __forceinline__ float2 load_in_place(const float* p) {
-    float2 v;
-    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
+__device__ __forceinline__ float4 load_in_place(const float4* p) {
+    float4 v;
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
     return v;
 }
 
@@ -45,6 +64,92 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// ---- Hopper -------------------------------------------------------------------------------------------------------
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasHopper = true;
+#define MESA_SM90_ASM(...) asm volatile(__VA_ARGS__)
+#else  // other devices' code has these kernels too, but does not launch them
+constexpr bool kHasHopper = false;
+#define MESA_SM90_ASM(...) __trap()
+#endif
+
+// What the thread has written to shared memory is seen by wgmma after this (and a barrier).
+__device__ __forceinline__ void fence_async_shared() { MESA_SM90_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Before the first wgmma and whenever accumulators or A operands in registers have been written since.
+__device__ __forceinline__ void wgmma_fence() { MESA_SM90_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { MESA_SM90_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until all but the last N groups are complete.
+template <int N>
+__device__ __forceinline__ void wgmma_wait() {
+    MESA_SM90_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// Reads and writes of these accumulators stay on their side of this. One belongs before the fence, or the compiler
+// may set them behind it, and one behind the wait: to the compiler they are finished as soon as wgmma has been
+// issued.
+__device__ __forceinline__ void wgmma_pin(float (&d)[8][4]) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[n][e])::"memory");
+}
+
+// d[64 x 64] += A[64 x 16] B[16 x 64], by a warpgroup: of each warp's 16 rows, d and A are as with mma.m16n8k16. A and
+// B in shared memory are given by descriptors: with Trans = false stored [row of A or column of B][k], with Trans =
+// true [k][row of A or column of B].
+#define MESA_D4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define MESA_D32 \
+    MESA_D4(0), MESA_D4(1), MESA_D4(2), MESA_D4(3), MESA_D4(4), MESA_D4(5), MESA_D4(6), MESA_D4(7)
+#define MESA_WGMMA(operands) \
+    "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " operands ";\n}"
+
+template <bool TransB>
+__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+    MESA_SM90_ASM(MESA_WGMMA("{%32, %33, %34, %35}, %36, add, 1, 1, %37")
+                  : MESA_D32 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(TransB)));
+}
+template <bool TransA, bool TransB>
+__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], uint64_t a, uint64_t b) {
+    MESA_SM90_ASM(MESA_WGMMA("%32, %33, add, 1, 1, %34, %35")
+                  : MESA_D32 : "l"(a), "l"(b), "n"(int(TransA)), "n"(int(TransB)));
+}
+#undef MESA_WGMMA
+#undef MESA_D32
+#undef MESA_D4
+#undef MESA_SM90_ASM
+
+}  // namespace mesa::ptx
+
+#endif
+
+namespace mesa::ptx {
+
+// x, but what is made of it is made in this place: hoisted out of loops, addresses would fill the registers.
+template <typename T>
+__device__ __forceinline__ T opaque(T x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// A matrix in shared memory with the 128-byte swizzle, in panels of 64 columns that lie at multiples of 1024 bytes.
+//   Stored [row or column][k] ("K-major"): stride_bytes is from 8 rows to the next 8, 1024 in panels. The next 16 k are
+//   32 bytes on.
+//   Stored [k][row or column] ("MN-major"): stride_bytes is from 8 k to the next 8, 1024 in panels. The next 16 k are
+//   2048 bytes on.
+// The other offset would lead to a second panel of rows or columns and is not used: 64 of them are one panel. Both
+// fields hold the stride, so that it does not matter which of them is which in either orientation.
+__device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_t stride_bytes) {
+    constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
+    const uint64_t stride = stride_bytes >> 4 & 0x3fff;
+    return kSwizzle128 | stride << 32 | stride << 16 | uint64_t(opaque(shared_address(shared)) >> 4 & 0x3fff);
 }
 
 }  // namespace mesa::ptx

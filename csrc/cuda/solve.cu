@@ -6,7 +6,8 @@
 //
 // H lies in shared memory as hi + lo, K in one term (two if it came in float32). P is rounded once to fp16, with a
 // power-of-two scale per row, and that same P enters A P, p.Ap and x += alpha p, so that rounding it costs no accuracy.
-// A warp owns 16 rows and shares nothing with the other warps but read-only memory: it ends when its rows have ended.
+// A warp owns 16 rows. With mma.sync it shares nothing with the other warps but read-only memory and ends when its rows
+// have ended; with wgmma the four warps of a block go through the steps together.
 #include "../cg.h"
 #include "chunk.cuh"
 
@@ -26,12 +27,17 @@ struct Shared {
     // 112 KB + 1 KB at K = 128 in 16 bits: two blocks on a multiprocessor of 228 KB.
 };
 
-__device__ __forceinline__ float smallest_lamb(const float* lamb, int width, int lane) {
-    float m = lamb[lane];
-    for (int i = lane + 32; i < width; i += 32) m = fminf(m, lamb[i]);
+__device__ __forceinline__ float smallest_lamb(const LambPair* lamb, int pairs, int lane) {
+    float m = lamb[lane].lamb[0];
+    for (int i = lane; i < pairs; i += 32) m = fminf(m, fminf(lamb[i].lamb[0], lamb[i].lamb[1]));
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) m = fminf(m, __shfl_xor_sync(0xffffffffu, m, d));
     return m;
+}
+
+__device__ __forceinline__ LambPair lamb_at(const LambPair* lane_lamb, int tile, int n) {
+    const float4 v = ptx::load_in_place(reinterpret_cast<const float4*>(lane_lamb + tile * (kChunk / 2) + n * 4));
+    return {{v.x, v.y}, {v.z, v.w}};
 }
 
 // Power of two that brings a vector of squared Lambda norm `pp` to a norm of about 2^kDirectionExponent.
@@ -46,9 +52,17 @@ __device__ __forceinline__ float2 direction_at(const Operand<1>& p, int n, int h
     return unpack(p.term[0].r[n / 2][n % 2 * 2 + half] ^ zero);
 }
 
-template <int KTiles, int KeyTerms>
+// Whether any row of those that go on together is active.
+template <Isa isa>
+__device__ __forceinline__ bool any_active(bool active) {
+    if constexpr (isa == Isa::hopper) return __syncthreads_or(active);
+    else return __any_sync(0xffffffffu, active);
+}
+
+template <Isa isa, int KTiles, int KeyTerms>
 __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(const __grid_constant__ SolveArgs a) {
-    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    if constexpr (isa == Isa::hopper && !ptx::kHasHopper) return;  // never launched
+    MESA_DYNAMIC_SHARED(shared_bytes);
     auto& sm = *reinterpret_cast<Shared<KTiles, KeyTerms>*>(shared_bytes);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t slot = blockIdx.x / a.heads;
@@ -56,24 +70,23 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
 
-    // Loads. x's place takes the keys' row scales first (they go into beta, the weight of score (i, j)), then the
-    // right-hand side.
-    float* const scratch = reinterpret_cast<float*>(sm.x);
-    float* const key_scale = scratch;
-    load_gates(sm.gates, a.gates, a.problem, chunk, head);
-    load_rows<KTiles, KeyTerms>(sm.keys, key_scale, a.keys, chunk, head, 0, 0);
+    // Loads: the panels of H come while everything below works. The right-hand side waits in x's place, the keys' row
+    // scales (they go into beta, the weight of score (i, j)) in the place of its scales.
     const int value_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = value_tiles + KTiles;
     const int64_t place = state_tile(a.states, slot, head, column_tiles, value_tiles);
-#pragma unroll
-    for (int ct = 0; ct < KTiles; ++ct)
-        copy_panels<KTiles * 2>(sm.h + ct * KTiles * 2 * kPanel, a.states.panels + (place + ct) * KTiles * 2 * kPanel);
+    copy_panels_async<KTiles * KTiles * 2>(sm.h, a.states.panels + place * KTiles * 2 * kPanel);
+    ptx::cp_async_commit();
     const float* const h_scale = a.states.scales + place;
+    float* const right_hand_side = reinterpret_cast<float*>(sm.x);
+    prefetch_rows<kThreads>(a.keys, chunk, head, 0, a.problem.K);
+    load_gates(sm.gates, a.gates, a.problem, chunk, head);
+    stage_rows<KTiles>(right_hand_side, a.rhs, chunk, head);
+    load_rows<KTiles, KeyTerms>(sm.keys, sm.rhs_scale, a.keys, chunk, head, 0, 0);
     __syncthreads();
-    if (threadIdx.x < kChunk) sm.gates.beta[threadIdx.x] *= key_scale[threadIdx.x] * key_scale[threadIdx.x];
+    if (threadIdx.x < kChunk) sm.gates.beta[threadIdx.x] *= sm.rhs_scale[threadIdx.x] * sm.rhs_scale[threadIdx.x];
     __syncthreads();
-    stage_rows<KTiles>(scratch, a.rhs, chunk, head);
 
-    // Per row: the factor of P H_c, and a power of two `mu` >= the row's largest weight, which keeps the scores in fp16.
+    // Per row: a power of two `mu` >= the row's largest weight, which keeps the scores in fp16.
     const int first_row = warp * 16;
     const int own_row = first_row + acc_row(lane, lane & 1);  // whose scalars this lane keeps
     float largest = 0.f;
@@ -81,16 +94,19 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         largest = fmaxf(largest, fmaxf(sm.gates.decay(own_row, j) * sm.gates.beta[j],
                                        j < own_row ? sm.gates.decay(own_row, j + 1) * sm.gates.beta[j + 1] : 0.f));
     // Where the state before the chunk outweighs the chunk beyond float32, a larger mu keeps their ratio finite.
-    for (int ct = 0; ct < KTiles; ++ct) largest = fmaxf(largest, sm.gates.decay_from_start(own_row) * h_scale[ct] * pow2(-80));
+    for (int ct = 0; ct < KTiles; ++ct)
+        largest = fmaxf(largest, sm.gates.decay_from_start(own_row) * h_scale[ct] * pow2(-80));
     const float mu = scale_to(fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)), -1).down;
+    const float own_weight = pow2_inverse(mu) * ptx::exp2_approx(sm.gates.lo[own_row]);
+    __syncthreads();
+    if (threadIdx.x < kChunk) sm.gates.beta[threadIdx.x] *= ptx::exp2_approx(-sm.gates.lo[threadIdx.x]);
 
-    const float* lamb = a.lamb + (head / a.states.group) * (KTiles * kChunk);
-    const float inverse_smallest_lamb = __frcp_rn(smallest_lamb(lamb, KTiles * kChunk, lane));
-    const float* const lane_lamb = lamb + acc_col(lane, 0);  // this lane's columns are at constant distances from here
+    const LambPair* const lamb = a.lamb + (head / a.states.group) * (KTiles * kChunk / 2);
+    const float inverse_smallest_lamb = __frcp_rn(smallest_lamb(lamb, KTiles * kChunk / 2, lane));
+    const LambPair* const lane_lamb = lamb + lane % 4;  // this lane's columns are at constant distances from here
     const float tol_squared = a.tolerance * a.tolerance;
 
     // r = rhs scaled by a power of two, x = 0, p = z = r / lamb.
-    __syncthreads();
     Acc r[KTiles];
     float rz[2] = {0.f, 0.f};
 #pragma unroll
@@ -101,7 +117,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const float2 v = *reinterpret_cast<const float2*>(scratch + staged_offset<KTiles>(t, kt * kChunk + acc_col(lane, n)));
+                const float2 v = *reinterpret_cast<const float2*>(
+                    right_hand_side + staged_offset<KTiles>(t, kt * kChunk + acc_col(lane, n)));
                 r[kt].c[n][half * 2] = v.x, r[kt].c[n][half * 2 + 1] = v.y;
                 amax = fmaxf(amax, fmaxf(fabsf(v.x), fabsf(v.y)));
             }
@@ -110,16 +127,20 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
-            for (int n = 0; n < 8; ++n)
+            for (int n = 0; n < 8; ++n) {
+                const LambPair l = lamb_at(lane_lamb, kt, n);
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float& v = r[kt].c[n][half * 2 + e];
                     v *= s.up;
-                    rz[half] += __fdividef(v * v, __ldg(lane_lamb + kt * kChunk + n * 8 + e));
+                    rz[half] = fmaf(v * l.inverse[e], v, rz[half]);
                 }
+            }
     }
     CgRow<float> row(own_sum(rz, lane));
     float direction = direction_scale(row.pp, inverse_smallest_lamb);  // stored p = direction * p
+    ptx::cp_async_wait<0>();
+    publish_shared<isa>();
     __syncthreads();
     Operand<1> p[KTiles];
     const float first_direction[2] = {of_row(direction, 0, lane), of_row(direction, 1, lane)};
@@ -127,68 +148,107 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-            const float2 l = ptx::load_in_place(lane_lamb + kt * kChunk + n * 8);
-            const float2 inverse = {__fdividef(1.f, l.x), __fdividef(1.f, l.y)};
+            const LambPair l = lamb_at(lane_lamb, kt, n);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                p[kt].term[0].r[n / 2][n % 2 * 2 + half] = pack(r[kt].c[n][half * 2] * inverse.x * first_direction[half],
-                                                                r[kt].c[n][half * 2 + 1] * inverse.y * first_direction[half]);
+                p[kt].term[0].r[n / 2][n % 2 * 2 + half] =
+                    pack(r[kt].c[n][half * 2] * l.inverse[0] * first_direction[half],
+                         r[kt].c[n][half * 2 + 1] * l.inverse[1] * first_direction[half]);
             sm.x[(kt * 8 + n) * kThreads + threadIdx.x] = {0.f, 0.f, 0.f, 0.f};
         }
 
-    const uint32_t zero_for_update = static_cast<uint32_t>(a.problem.K) >> 31;
     const uint32_t zero_for_next = static_cast<uint32_t>(a.problem.V) >> 31;
-    for (int step = 0; step < a.max_iterations && __any_sync(0xffffffffu, row.active); ++step) {
+    for (int step = 0; step < a.max_iterations && any_active<isa>(row.active); ++step) {
         const float row_mu[2] = {of_row(mu, 0, lane), of_row(mu, 1, lane)};
+        const float row_weight[2] = {of_row(own_weight, 0, lane), of_row(own_weight, 1, lane)};
         Acc ap[KTiles];
 #pragma unroll
-        for (int ct = 0; ct < KTiles; ++ct) {
-            zero(ap[ct]);
+        for (int ct = 0; ct < KTiles; ++ct) zero(ap[ct]);
+        const auto multiply_by_state = [&] {
 #pragma unroll
-            for (int rt = 0; rt < KTiles; ++rt) mma_AB<2>(ap[ct], p[rt], sm.h + (ct * KTiles + rt) * 2 * kPanel, lane);
+            for (int ct = 0; ct < KTiles; ++ct)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float factor = sm.gates.decay_from_start(first_row + acc_row(lane, half)) * (h_scale[ct] * pow2_inverse(row_mu[half]));
+                for (int rt = 0; rt < KTiles; ++rt)
+                    mma_AB<isa, 2>(ap[ct], p[rt], sm.h + (ct * KTiles + rt) * 2 * kPanel, lane);
+        };
+        const auto scale_by_decay = [&] {
 #pragma unroll
-                for (int n = 0; n < 8; ++n) ap[ct].c[n][half * 2] *= factor, ap[ct].c[n][half * 2 + 1] *= factor;
-            }
-        }
-        // (P K') o M, some tokens j at a time, to keep within the registers; this warp's rows see none past its last.
-        constexpr int kTokens = KTiles == 2 && KeyTerms == 1 ? 32 : 16;
-        for (int first = 0; first <= first_row; first += kTokens) {
-            float scores[kTokens / 8][4] = {};
+            for (int ct = 0; ct < KTiles; ++ct)
 #pragma unroll
-            for (int kt = 0; kt < KTiles; ++kt)
+                for (int half = 0; half < 2; ++half) {
+                    const float factor = sm.gates.decay_from_start(first_row + acc_row(lane, half)) *
+                                         (h_scale[ct] * pow2_inverse(row_mu[half]));
 #pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    const __half* keys = sm.keys + kt * KeyTerms * kPanel + first * kChunk;
-#pragma unroll
-                    for (int t = 0; t < KeyTerms; ++t) mma_ABt_step(scores, p[kt].term[0].r[k], keys + t * kPanel, k, lane);
+                    for (int n = 0; n < 8; ++n) ap[ct].c[n][half * 2] *= factor, ap[ct].c[n][half * 2 + 1] *= factor;
                 }
+        };
+        // scores o M / mu, of the tokens from `first` on. The decays' small terms (2^lo) are in the weights.
+        const auto weigh_scores = [&](auto& scores, int first) {
+            const int i[2] = {first_row + acc_row(lane, 0), first_row + acc_row(lane, 1)};
+            const float g[2] = {sm.gates.hi[i[0]], sm.gates.hi[i[1]]};
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int i = first_row + acc_row(lane, half);
-                const float gi_hi = sm.gates.hi[i], gi_lo = sm.gates.lo[i], inverse_mu = pow2_inverse(row_mu[half]);
+            for (int n = 0; n < int(sizeof(scores) / sizeof(scores[0])); ++n)
 #pragma unroll
-                for (int n = 0; n < kTokens / 8; ++n)
+                for (int e = 0; e < 2; ++e) {
+                    const int j = first + acc_col(lane, n) + e;
+                    const float gj = sm.gates.hi[j], weight = sm.gates.beta[j];
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const int j = first + acc_col(lane, n) + e;
-                        const float decay = ptx::exp2_approx((gi_hi - sm.gates.hi[j]) + (gi_lo - sm.gates.lo[j]));
+                    for (int half = 0; half < 2; ++half) {
                         float& s = scores[n][half * 2 + e];
-                        s = j <= i ? s * (decay * sm.gates.beta[j] * inverse_mu) : 0.f;
+                        s = j <= i[half] ? s * (ptx::exp2_approx(g[half] - gj) * weight * row_weight[half]) : 0.f;
                     }
-            }
+                }
+        };
+
+        if constexpr (isa == Isa::hopper) {
+            static_assert(KeyTerms == 1, "two-term keys leave no room for a second block on the multiprocessor");
+            Acc scores;  // weighed while P H_c is under way
+            zero(scores);
+            products_begin<isa>(scores, ap[0], ap[KTiles - 1]);
 #pragma unroll
-            for (int k = 0; k < kTokens / 16; ++k) {
-                uint32_t hi[4], lo[4];
-                acc_step_operand<KeyTerms>(hi, lo, scores[k * 2], scores[k * 2 + 1]);
+            for (int kt = 0; kt < KTiles; ++kt) mma_ABt<isa, 1>(scores, p[kt], sm.keys + kt * kPanel, lane);
+            products_commit<isa>();
+            multiply_by_state();
+            products_commit<isa>();
+            products_wait<isa, 1>(scores);
+            weigh_scores(scores.c, 0);
+            Operand<1> weights;
+            acc_operand(weights, scores);
+            products_wait<isa, 0>(ap[0], ap[KTiles - 1]);
+            scale_by_decay();
+            products_begin<isa>(ap[0], ap[KTiles - 1]);
 #pragma unroll
-                for (int ct = 0; ct < KTiles; ++ct) {
-                    const __half* keys = sm.keys + ct * KeyTerms * kPanel + (first + k * 16) * kChunk;
-                    mma_AB_step(ap[ct].c, hi, keys, 0, lane);
-                    if constexpr (KeyTerms == 2) mma_AB_step(ap[ct].c, hi, keys + kPanel, 0, lane);
-                    if constexpr (KeyTerms == 2) mma_AB_step(ap[ct].c, lo, keys, 0, lane);
+            for (int ct = 0; ct < KTiles; ++ct) mma_AB<isa, 1>(ap[ct], weights, sm.keys + ct * kPanel, lane);
+            products_end<isa>(ap[0], ap[KTiles - 1]);
+        } else {
+            multiply_by_state();
+            scale_by_decay();
+            // (P K') o M, some tokens j at a time, to keep within the registers; this warp's rows see none past its
+            // last.
+            constexpr int kTokens = KTiles == 2 && KeyTerms == 1 ? 32 : 16;
+            for (int first = 0; first <= first_row; first += kTokens) {
+                float scores[kTokens / 8][4] = {};
+#pragma unroll
+                for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) {
+                        const __half* keys = sm.keys + kt * KeyTerms * kPanel + first * kChunk;
+#pragma unroll
+                        for (int t = 0; t < KeyTerms; ++t)
+                            mma_ABt_step(scores, p[kt].term[0].r[k], keys + t * kPanel, k, lane);
+                    }
+                weigh_scores(scores, first);
+#pragma unroll
+                for (int k = 0; k < kTokens / 16; ++k) {
+                    uint32_t hi[4], lo[4];
+                    acc_step_operand<KeyTerms>(hi, lo, scores[k * 2], scores[k * 2 + 1]);
+#pragma unroll
+                    for (int ct = 0; ct < KTiles; ++ct) {
+                        const __half* keys = sm.keys + ct * KeyTerms * kPanel + (first + k * 16) * kChunk;
+                        mma_AB_step(ap[ct].c, hi, keys, 0, lane);
+                        if constexpr (KeyTerms == 2) mma_AB_step(ap[ct].c, hi, keys + kPanel, 0, lane);
+                        if constexpr (KeyTerms == 2) mma_AB_step(ap[ct].c, lo, keys, 0, lane);
+                    }
                 }
             }
         }
@@ -199,45 +259,40 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const float2 l = ptx::load_in_place(lane_lamb + kt * kChunk + n * 8);
+                const LambPair l = lamb_at(lane_lamb, kt, n);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const float2 d = direction_at(p[kt], n, half, 0);
                     float& u = ap[kt].c[n][half * 2];
                     float& v = ap[kt].c[n][half * 2 + 1];
-                    u = fmaf(l.x, d.x, row_mu[half] * u);
-                    v = fmaf(l.y, d.y, row_mu[half] * v);
+                    u = fmaf(l.lamb[0], d.x, row_mu[half] * u);
+                    v = fmaf(l.lamb[1], d.y, row_mu[half] * v);
                     pAp[half] = fmaf(d.x, u, fmaf(d.y, v, pAp[half]));
                 }
             }
         const float inverse_direction = pow2_inverse(direction);
-        const float own_alpha = row.alpha(own_sum(pAp, lane) * inverse_direction * inverse_direction) * inverse_direction;
+        const float own_alpha =
+            row.alpha(own_sum(pAp, lane) * inverse_direction * inverse_direction) * inverse_direction;
         const float alpha[2] = {of_row(own_alpha, 0, lane), of_row(own_alpha, 1, lane)};
 
-        // x += alpha p, r -= alpha Ap, r.z.
+        // r -= alpha Ap, r.z.
         rz[0] = rz[1] = 0.f;
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const float2 l = ptx::load_in_place(lane_lamb + kt * kChunk + n * 8);
-                const float2 inverse = {__fdividef(1.f, l.x), __fdividef(1.f, l.y)};
-                float4& x = sm.x[(kt * 8 + n) * kThreads + threadIdx.x];
-                float* xs[2] = {&x.x, &x.z};
+                const LambPair l = lamb_at(lane_lamb, kt, n);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float2 d = direction_at(p[kt], n, half, zero_for_update);
-                    xs[half][0] = fmaf(alpha[half], d.x, xs[half][0]);
-                    xs[half][1] = fmaf(alpha[half], d.y, xs[half][1]);
                     float& u = r[kt].c[n][half * 2];
                     float& v = r[kt].c[n][half * 2 + 1];
                     u = fmaf(-alpha[half], ap[kt].c[n][half * 2], u);
                     v = fmaf(-alpha[half], ap[kt].c[n][half * 2 + 1], v);
-                    rz[half] = fmaf(u * inverse.x, u, fmaf(v * inverse.y, v, rz[half]));
+                    rz[half] = fmaf(u * l.inverse[0], u, fmaf(v * l.inverse[1], v, rz[half]));
                 }
             }
 
-        // p = z + beta p, in its new scale; the direction of a row that has ended is zero.
+        // x += alpha p and p = z + beta p, in its new scale; the direction of a row that has ended is zero.
         const float beta = row.advance(own_sum(rz, lane), tol_squared);
         direction = direction_scale(row.pp, inverse_smallest_lamb);
         const float own_add = row.active ? direction : 0.f, own_keep = beta * direction * inverse_direction;
@@ -247,31 +302,42 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const float2 l = ptx::load_in_place(lane_lamb + kt * kChunk + n * 8);
-                const float2 inverse = {__fdividef(1.f, l.x), __fdividef(1.f, l.y)};
+                const LambPair l = lamb_at(lane_lamb, kt, n);
+                float4& x = sm.x[(kt * 8 + n) * kThreads + threadIdx.x];
+                float* xs[2] = {&x.x, &x.z};
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const float2 d = direction_at(p[kt], n, half, zero_for_next);
-                    p[kt].term[0].r[n / 2][n % 2 * 2 + half] = pack(fmaf(r[kt].c[n][half * 2] * inverse.x, add[half], d.x * keep[half]),
-                                  fmaf(r[kt].c[n][half * 2 + 1] * inverse.y, add[half], d.y * keep[half]));
+                    xs[half][0] = fmaf(alpha[half], d.x, xs[half][0]);
+                    xs[half][1] = fmaf(alpha[half], d.y, xs[half][1]);
+                    p[kt].term[0].r[n / 2][n % 2 * 2 + half] =
+                        pack(fmaf(r[kt].c[n][half * 2] * l.inverse[0], add[half], d.x * keep[half]),
+                             fmaf(r[kt].c[n][half * 2 + 1] * l.inverse[1], add[half], d.y * keep[half]));
                 }
             }
     }
 
-    const Chunk to_write = find_chunk(a.problem, slot ^ zero_for_next);  // found anew rather than kept
+    // Where the results go is found anew rather than kept.
+    const unsigned block = blockIdx.x ^ zero_for_next;
+    const int to_head = block % a.heads;
+    const Chunk to_write = find_chunk(a.problem, block / a.heads);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int t = first_row + acc_row(lane, half);
         if (t >= to_write.length) continue;
-        float* const to = static_cast<float*>(a.x.data) + row_offset(a.x, to_write, t, head) + acc_col(lane, 0);
+        float* const to = static_cast<float*>(a.x.data) + row_offset(a.x, to_write, t, to_head) + acc_col(lane, 0);
+        uint16_t* const to_rounded =
+            static_cast<uint16_t*>(a.rounded.data) + row_offset(a.rounded, to_write, t, to_head) + acc_col(lane, 0);
         const float scale = sm.rhs_scale[t];
 #pragma unroll 4
         for (int i = 0; i < KTiles * 8; ++i) {
             const float4 x = sm.x[i * kThreads + threadIdx.x];
             const float2 v = {(half ? x.z : x.x) * scale, (half ? x.w : x.y) * scale};
-            if (acc_col(lane, i) < padded_width(a.x)) *reinterpret_cast<float2*>(to + i * 8) = v;
+            if (acc_col(lane, i) >= padded_width(a.x)) continue;
+            *reinterpret_cast<float2*>(to + i * 8) = v;
+            if (a.rounded.data) *reinterpret_cast<uint32_t*>(to_rounded + i * 8) = pack(a.rounded.dtype, v.x, v.y);
         }
-        const int64_t token = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + head;
+        const int64_t token = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + to_head;
         if (lane % 4 == half) {
             if (a.steps) a.steps[token] = row.steps;
             if (a.bound) a.bound[token] = sqrtf(row.bound_squared());
@@ -279,17 +345,21 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     }
 }
 
-template <int KTiles, int KeyTerms>
+template <Isa isa, int KTiles, int KeyTerms>
 cudaError_t launch_solver(const SolveArgs& a, cudaStream_t stream) {
-    return launch(solve_kernel<KTiles, KeyTerms>, a, a.problem.slots() * a.heads, sizeof(Shared<KTiles, KeyTerms>), stream);
+    return launch(solve_kernel<isa, KTiles, KeyTerms>, a, a.problem.slots() * a.heads, sizeof(Shared<KTiles, KeyTerms>),
+                  stream);
 }
 
 }  // namespace
 
 cudaError_t launch_solve(const SolveArgs& a, cudaStream_t stream) {
-    const bool two_terms = a.keys.dtype == DType::f32;
-    if (tiles(a.problem.K) == 1) return two_terms ? launch_solver<1, 2>(a, stream) : launch_solver<1, 1>(a, stream);
-    return two_terms ? launch_solver<2, 2>(a, stream) : launch_solver<2, 1>(a, stream);
+    const bool wide = tiles(a.problem.K) == 2;
+    if (a.keys.dtype == DType::f32)
+        return wide ? launch_solver<Isa::portable, 2, 2>(a, stream) : launch_solver<Isa::portable, 1, 2>(a, stream);
+    if (a.problem.hopper)
+        return wide ? launch_solver<Isa::hopper, 2, 1>(a, stream) : launch_solver<Isa::hopper, 1, 1>(a, stream);
+    return wide ? launch_solver<Isa::portable, 2, 1>(a, stream) : launch_solver<Isa::portable, 1, 1>(a, stream);
 }
 
 }  // namespace mesa

@@ -59,39 +59,23 @@ __device__ __forceinline__ void split(float a, float b, uint32_t& hi, uint32_t& 
     lo = pack(a - h.x, b - h.y);
 }
 
-// A = rows row0 .. row0+15 of a panel.
-__device__ __forceinline__ void load_frag(Frag& a, const __half* panel, int row0, int lane) {
+// Step k of 16 along the contraction of A = rows row0 .. row0+15 of a panel.
+__device__ __forceinline__ void load_strip(uint32_t (&a)[4], const __half* panel, int row0, int k, int lane) {
     const int row = row0 + (lane & 15), piece = lane >> 4;
-    const uint32_t base = ptx::shared_address(panel) + row * 128;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) ptx::ldmatrix_x4(a.r[k], base + (((k * 2 + piece) ^ (row & 7)) << 4));
+    ptx::ldmatrix_x4(a, ptx::shared_address(panel) + row * 128 + (((k * 2 + piece) ^ (row & 7)) << 4));
 }
 
-// A = columns col0 .. col0+15 of a panel, transposed.
-__device__ __forceinline__ void load_frag_t(Frag& a, const __half* panel, int col0, int lane) {
+// The same of A = columns col0 .. col0+15 of a panel, transposed.
+__device__ __forceinline__ void load_strip_t(uint32_t (&a)[4], const __half* panel, int col0, int k, int lane) {
     const int row = (lane >> 4) * 8 + (lane & 7), piece = col0 / 8 + ((lane >> 3) & 1);
-    const uint32_t base = ptx::shared_address(panel) + row * 128 + ((piece ^ (row & 7)) << 4);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) ptx::ldmatrix_x4_trans(a.r[k], base + k * 16 * 128);
-}
-
-// The panels of an operand lie behind one another: hi, then lo.
-template <int Terms>
-__device__ __forceinline__ void load_operand(Operand<Terms>& a, const __half* panel, int row0, int lane) {
-#pragma unroll
-    for (int t = 0; t < Terms; ++t) load_frag(a.term[t], panel + t * kPanel, row0, lane);
-}
-
-template <int Terms>
-__device__ __forceinline__ void load_operand_t(Operand<Terms>& a, const __half* panel, int col0, int lane) {
-#pragma unroll
-    for (int t = 0; t < Terms; ++t) load_frag_t(a.term[t], panel + t * kPanel, col0, lane);
+    ptx::ldmatrix_x4_trans(a, ptx::shared_address(panel) + (k * 16 + row) * 128 + ((piece ^ (row & 7)) << 4));
 }
 
 // One step of 16 along the contraction of c[16 x 8 Tiles] += A[16 x 64] B, B (part of) a panel stored
 // [contraction][column].
 template <int Tiles>
-__device__ __forceinline__ void mma_AB_step(float (&c)[Tiles][4], const uint32_t (&a)[4], const __half* b, int k, int lane) {
+__device__ __forceinline__ void mma_AB_step(float (&c)[Tiles][4], const uint32_t (&a)[4], const __half* b, int k,
+                                            int lane) {
     const int row = lane & 15, piece = lane >> 4;
     const uint32_t base = ptx::shared_address(b) + (k * 16 + row) * 128;
 #pragma unroll
@@ -105,7 +89,8 @@ __device__ __forceinline__ void mma_AB_step(float (&c)[Tiles][4], const uint32_t
 
 // The same for acc += A B', B a panel stored [column][contraction].
 template <int Tiles>
-__device__ __forceinline__ void mma_ABt_step(float (&c)[Tiles][4], const uint32_t (&a)[4], const __half* b, int k, int lane) {
+__device__ __forceinline__ void mma_ABt_step(float (&c)[Tiles][4], const uint32_t (&a)[4], const __half* b, int k,
+                                             int lane) {
     const int row = (lane >> 4) * 8 + (lane & 7), piece = (lane >> 3) & 1;
     const uint32_t base = ptx::shared_address(b) + row * 128 + (((k * 2 + piece) ^ (row & 7)) << 4);
 #pragma unroll
@@ -117,30 +102,121 @@ __device__ __forceinline__ void mma_ABt_step(float (&c)[Tiles][4], const uint32_
     }
 }
 
-// acc += A B and acc += A B' with operands of one or two terms; lo * lo is below the last bit.
-template <int BTerms, int ATerms>
-__device__ __forceinline__ void mma_AB(Acc& acc, const Operand<ATerms>& a, const __half* b, int lane) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        mma_AB_step(acc.c, a.term[0].r[k], b, k, lane);
-        if constexpr (BTerms == 2) mma_AB_step(acc.c, a.term[0].r[k], b + kPanel, k, lane);
-        if constexpr (ATerms == 2) mma_AB_step(acc.c, a.term[1].r[k], b, k, lane);
+// How the matrix products are done: every warp by itself with mma.sync (from sm_80 on), or the four warps of a block
+// together with wgmma (Hopper), whose accumulators and A operands lie in the same places. Products of either kind stand
+// between products_begin and products_end: wgmma runs on by itself in between, and neither the accumulators nor the
+// operands may be touched. All four warps of a block must come along.
+enum class Isa { portable, hopper };
+
+template <Isa isa, typename... Accs>
+__device__ __forceinline__ void products_begin(Accs&... accumulators) {
+    if constexpr (isa == Isa::hopper) {
+        (ptx::wgmma_pin(accumulators.c), ...);  // written before the fence
+        ptx::wgmma_fence();
     }
 }
 
-template <int BTerms, int ATerms>
+// Ends a group of products.
+template <Isa isa>
+__device__ __forceinline__ void products_commit() {
+    if constexpr (isa == Isa::hopper) ptx::wgmma_commit();
+}
+
+// Waits until at most `Groups` groups are under way; `done` are the accumulators that may be read from then on.
+template <Isa isa, int Groups, typename... Accs>
+__device__ __forceinline__ void products_wait(Accs&... done) {
+    if constexpr (isa == Isa::hopper) {
+        ptx::wgmma_wait<Groups>();
+        (ptx::wgmma_pin(done.c), ...);
+    }
+}
+
+template <Isa isa, typename... Accs>
+__device__ __forceinline__ void products_end(Accs&... done) {
+    products_commit<isa>();
+    products_wait<isa, 0>(done...);
+}
+
+// After writes to shared memory (by st.shared or cp.async) and before the barrier that ends them.
+template <Isa isa>
+__device__ __forceinline__ void publish_shared() {
+    if constexpr (isa == Isa::hopper) ptx::fence_async_shared();
+}
+
+// A panel as wgmma's operand; the next step of 16 along the contraction is so many units further on.
+__device__ __forceinline__ uint64_t panel_descriptor(const __half* panel) { return ptx::wgmma_descriptor(panel, 1024); }
+constexpr uint64_t kStepAlongRows = 32 >> 4, kStepAcrossRows = (16 * 128) >> 4;
+
+template <Isa isa>
+__device__ __forceinline__ void mma_AB_panel_step(Acc& acc, const uint32_t (&a)[4], const __half* b, int k, int lane) {
+    if constexpr (isa == Isa::hopper) ptx::wgmma_m64n64k16<true>(acc.c, a, panel_descriptor(b) + k * kStepAcrossRows);
+    else mma_AB_step(acc.c, a, b, k, lane);
+}
+
+template <Isa isa>
+__device__ __forceinline__ void mma_ABt_panel_step(Acc& acc, const uint32_t (&a)[4], const __half* b, int k, int lane) {
+    if constexpr (isa == Isa::hopper) ptx::wgmma_m64n64k16<false>(acc.c, a, panel_descriptor(b) + k * kStepAlongRows);
+    else mma_ABt_step(acc.c, a, b, k, lane);
+}
+
+// acc += A B and acc += A B' with operands of one or two terms; lo * lo is below the last bit.
+template <Isa isa, int BTerms, int ATerms>
+__device__ __forceinline__ void mma_AB(Acc& acc, const Operand<ATerms>& a, const __half* b, int lane) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        mma_AB_panel_step<isa>(acc, a.term[0].r[k], b, k, lane);
+        if constexpr (BTerms == 2) mma_AB_panel_step<isa>(acc, a.term[0].r[k], b + kPanel, k, lane);
+        if constexpr (ATerms == 2) mma_AB_panel_step<isa>(acc, a.term[1].r[k], b, k, lane);
+    }
+}
+
+template <Isa isa, int BTerms, int ATerms>
 __device__ __forceinline__ void mma_ABt(Acc& acc, const Operand<ATerms>& a, const __half* b, int lane) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-        mma_ABt_step(acc.c, a.term[0].r[k], b, k, lane);
-        if constexpr (BTerms == 2) mma_ABt_step(acc.c, a.term[0].r[k], b + kPanel, k, lane);
-        if constexpr (ATerms == 2) mma_ABt_step(acc.c, a.term[1].r[k], b, k, lane);
+        mma_ABt_panel_step<isa>(acc, a.term[0].r[k], b, k, lane);
+        if constexpr (BTerms == 2) mma_ABt_panel_step<isa>(acc, a.term[0].r[k], b + kPanel, k, lane);
+        if constexpr (ATerms == 2) mma_ABt_panel_step<isa>(acc, a.term[1].r[k], b, k, lane);
+    }
+}
+
+// acc += A B with both in panels, for the warp's 16 rows from row0 on. A is stored [row][contraction] or, TransA,
+// [contraction][row]; B is stored [contraction][column] or, TransB, [column][contraction].
+template <Isa isa, bool TransA, bool TransB, int ATerms, int BTerms>
+__device__ __forceinline__ void mma_panels(Acc& acc, const __half* a, int row0, const __half* b, int lane) {
+    if constexpr (isa == Isa::hopper) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const auto product = [&](const __half* a_term, const __half* b_term) {
+                ptx::wgmma_m64n64k16<TransA, !TransB>(
+                    acc.c, panel_descriptor(a_term) + k * (TransA ? kStepAcrossRows : kStepAlongRows),
+                    panel_descriptor(b_term) + k * (TransB ? kStepAlongRows : kStepAcrossRows));
+            };
+            product(a, b);
+            if constexpr (BTerms == 2) product(a, b + kPanel);
+            if constexpr (ATerms == 2) product(a + kPanel, b);
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+            for (int t = 0; t < ATerms; ++t) {
+                uint32_t strip[4];
+                if constexpr (TransA) load_strip_t(strip, a + t * kPanel, row0, k, lane);
+                else load_strip(strip, a + t * kPanel, row0, k, lane);
+#pragma unroll
+                for (int u = 0; u < (t == 0 ? BTerms : 1); ++u) {
+                    if constexpr (TransB) mma_ABt_step(acc.c, strip, b + u * kPanel, k, lane);
+                    else mma_AB_step(acc.c, strip, b + u * kPanel, k, lane);
+                }
+            }
     }
 }
 
 // Two neighbouring 8-column tiles of accumulators are one 16-wide step of an A operand.
 template <int Terms>
-__device__ __forceinline__ void acc_step_operand(uint32_t (&hi)[4], uint32_t (&lo)[4], const float (&left)[4], const float (&right)[4]) {
+__device__ __forceinline__ void acc_step_operand(uint32_t (&hi)[4], uint32_t (&lo)[4], const float (&left)[4],
+                                                 const float (&right)[4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         if constexpr (Terms == 2) {
@@ -153,22 +229,12 @@ __device__ __forceinline__ void acc_step_operand(uint32_t (&hi)[4], uint32_t (&l
     }
 }
 
-// out[i] += A B_i with A = accumulators of an earlier product, rounded to ATerms terms piece by piece (whole, they
-// would take 16 registers a term). B_i are panels of BTerms terms behind one another.
-template <int BTerms, int ATerms, int Panels>
-__device__ __forceinline__ void mma_acc_AB(Acc (&out)[Panels], const Acc& a, const __half* b, int lane) {
+// Accumulators of an earlier product as an A operand.
+template <int Terms>
+__device__ __forceinline__ void acc_operand(Operand<Terms>& out, const Acc& a) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        uint32_t hi[4], lo[4];
-        acc_step_operand<ATerms>(hi, lo, a.c[k * 2], a.c[k * 2 + 1]);
-#pragma unroll
-        for (int i = 0; i < Panels; ++i) {
-            const __half* panel = b + i * BTerms * kPanel;
-            mma_AB_step(out[i].c, hi, panel, k, lane);
-            if constexpr (BTerms == 2) mma_AB_step(out[i].c, hi, panel + kPanel, k, lane);
-            if constexpr (ATerms == 2) mma_AB_step(out[i].c, lo, panel, k, lane);
-        }
-    }
+    for (int k = 0; k < 4; ++k)
+        acc_step_operand<Terms>(out.term[0].r[k], out.term[Terms - 1].r[k], a.c[k * 2], a.c[k * 2 + 1]);
 }
 
 // Sum and maximum over the four lanes that share a row.

@@ -119,12 +119,16 @@ struct Inputs {
     int64_t T;
     std::vector<int64_t> bounds;  // of packed sequences; empty: B sequences of T tokens
     DType dtype;
-    Vec q, k, v, d_o, g, beta, lamb, h_kk, h_kv;
+    int HS;                            // state heads, each shared by neighbouring ones of the H output heads
+    Vec q, d_o;                        // of the output heads
+    Vec k, v, g, beta, lamb;           // of the state heads
+    Vec h_kk, h_kv, end_dkk, end_dkv;  // likewise: states at the start, gradients of those at the end
 
     int sequences() const { return bounds.empty() ? B : static_cast<int>(bounds.size()) - 1; }
 
-    Inputs(int B, int64_t T, int H, int K, int V, DType dtype, std::vector<int64_t> bounds = {}, bool with_start = true)
-        : B(B), H(H), K(K), V(V), T(T), bounds(std::move(bounds)), dtype(dtype) {
+    Inputs(int B, int64_t T, int H, int K, int V, DType dtype, std::vector<int64_t> bounds = {}, int group = 1,
+           bool with_states = true)
+        : B(B), H(H), K(K), V(V), T(T), bounds(std::move(bounds)), dtype(dtype), HS(H / group) {
         std::mt19937_64 random(7);
         std::normal_distribution<double> normal;
         std::uniform_real_distribution<double> uniform;
@@ -133,18 +137,18 @@ struct Inputs {
             for (double& x : out) x = f();
             return out;
         };
-        const int64_t tokens = int64_t(B) * T * H;
+        const int64_t tokens = int64_t(B) * T;
         const double unit = 1 / std::sqrt(K);
-        q = draw(tokens * K, [&] { return normal(random) * unit; });
-        k = draw(tokens * K, [&] { return normal(random) * unit; });
-        v = draw(tokens * V, [&] { return normal(random); });
-        d_o = draw(tokens * V, [&] { return normal(random); });
-        g = draw(tokens, [&] { return std::log(0.9 + 0.1 * uniform(random)); });
-        beta = draw(tokens, [&] { return uniform(random); });
-        lamb = draw(int64_t(H) * K, [&] { return 0.25 + uniform(random); });
+        q = draw(tokens * H * K, [&] { return normal(random) * unit; });
+        k = draw(tokens * HS * K, [&] { return normal(random) * unit; });
+        v = draw(tokens * HS * V, [&] { return normal(random); });
+        d_o = draw(tokens * H * V, [&] { return normal(random); });
+        g = draw(tokens * HS, [&] { return std::log(0.9 + 0.1 * uniform(random)); });
+        beta = draw(tokens * HS, [&] { return uniform(random); });
+        lamb = draw(int64_t(HS) * K, [&] { return 0.25 + uniform(random); });
         for (Vec* x : {&g, &beta, &lamb}) round_to_float(*x);
-        if (!with_start) return;
-        const int64_t states = int64_t(sequences()) * H;
+        if (!with_states) return;
+        const int64_t states = int64_t(sequences()) * HS;
         h_kv = draw(states * K * V, [&] { return normal(random); });
         h_kk.resize(states * K * K);
         for (int64_t s = 0; s < states; ++s)
@@ -153,7 +157,9 @@ struct Inputs {
                 for (int i = 0; i < K; ++i)
                     for (int j = 0; j < K; ++j) h_kk[(s * K + i) * K + j] += u[i] * u[j];
             }
-        for (Vec* x : {&h_kv, &h_kk}) round_to_float(*x);
+        end_dkv = draw(states * K * V, [&] { return normal(random) * unit; });
+        end_dkk = draw(states * K * K, [&] { return normal(random) * unit; });
+        for (Vec* x : {&h_kv, &h_kk, &end_dkv, &end_dkk}) round_to_float(*x);
     }
 
     static void round_to_float(Vec& v) {
@@ -190,34 +196,40 @@ struct Results {
     Vec o, x, dq, dk, dv, dg, dbeta, dlamb, h_kk, h_kv, dh_kk, dh_kv;
 };
 
-// S = [G | H], row-major [K][V + K].
+// S = [G | H], row-major [K][V + K]. Gradients are of every output head, as the kernels give them.
 Results reference(const Inputs& in) {
-    const int K = in.K, V = in.V, W = V + K, H = in.H;
+    const int K = in.K, V = in.V, W = V + K, H = in.H, group = H / in.HS;
+    const size_t gates = in.q.size() / K, states = size_t(in.sequences()) * H;
     Results r;
-    r.o.resize(in.v.size()), r.dv.resize(in.v.size());
+    r.o.resize(in.d_o.size()), r.dv.resize(in.d_o.size());
     r.x.resize(in.q.size()), r.dq.resize(in.q.size()), r.dk.resize(in.q.size());
-    r.dg.resize(in.g.size()), r.dbeta.resize(in.g.size()), r.dlamb.resize(in.lamb.size());
-    r.h_kk = in.h_kk, r.h_kv = in.h_kv, r.dh_kk.resize(in.h_kk.size()), r.dh_kv.resize(in.h_kv.size());
+    r.dg.resize(gates), r.dbeta.resize(gates), r.dlamb.resize(size_t(H) * K);
+    r.h_kk = in.h_kk, r.h_kv = in.h_kv, r.dh_kk.resize(states * K * K), r.dh_kv.resize(states * K * V);
 
     for (int n = 0; n < in.sequences(); ++n)
         for (int h = 0; h < H; ++h) {
             const int64_t first = in.bounds.empty() ? n * in.T : in.bounds[n];
             const int64_t length = in.bounds.empty() ? in.T : in.bounds[n + 1] - first;
-            double* const kk = &r.h_kk[(int64_t(n) * H + h) * K * K];
-            double* const kv = &r.h_kv[(int64_t(n) * H + h) * K * V];
-            const double* const lamb = &in.lamb[h * K];
+            const int64_t state = int64_t(n) * in.HS + h / group;
+            double* const kk = &r.h_kk[state * K * K];  // the same for every head of the group
+            double* const kv = &r.h_kv[state * K * V];
+            const double* const lamb = &in.lamb[h / group * K];
             const auto value = [&](int64_t at, int c) { return c < V ? in.v[at * V + c] : in.k[at * K + c - V]; };
+            const auto joint = [&](const Vec& g, const Vec& h, int i, int c, bool transposed) {
+                if (c < V) return g[(state * K + i) * V + c];
+                return transposed ? h[(state * K + c - V) * K + i] : h[(state * K + i) * K + c - V];
+            };
 
             std::vector<Vec> states{Vec(K * W)}, factors;
             for (int i = 0; i < K; ++i)
-                for (int c = 0; c < W; ++c) states[0][i * W + c] = c < V ? kv[i * V + c] : kk[i * K + c - V];
+                for (int c = 0; c < W; ++c) states[0][i * W + c] = joint(in.h_kv, in.h_kk, i, c, false);
             for (int64_t t = 0; t < length; ++t) {
-                const int64_t at = (first + t) * H + h;
+                const int64_t at = (first + t) * H + h, shared = (first + t) * in.HS + h / group;
                 Vec S = states.back();
                 for (int i = 0; i < K; ++i)
                     for (int c = 0; c < W; ++c)
-                        S[i * W + c] =
-                            std::exp(in.g[at]) * S[i * W + c] + in.beta[at] * in.k[at * K + i] * value(at, c);
+                        S[i * W + c] = std::exp(in.g[shared]) * S[i * W + c] +
+                                       in.beta[shared] * in.k[shared * K + i] * value(shared, c);
                 for (int i = 0; i < K; ++i) {
                     std::copy_n(&S[i * W], V, &kv[i * V]);
                     std::copy_n(&S[i * W + V], K, &kk[i * K]);
@@ -231,11 +243,16 @@ Results reference(const Inputs& in) {
                 states.push_back(std::move(S));
             }
 
-            Vec dS(K * W);  // adjoint of the state, from token t + 1 on
+            // Adjoint of the state, from token t + 1 on. Gradients of H are given for -w x', the transpose of the joint
+            // adjoint's -x w'; of a group, the first head takes those of the final state.
+            Vec dS(K * W);
+            for (int i = 0; i < K && h % group == 0; ++i)
+                for (int c = 0; c < W; ++c) dS[i * W + c] = joint(in.end_dkv, in.end_dkk, i, c, true);
             for (int64_t t = length - 1; t >= 0; --t) {
-                const int64_t at = (first + t) * H + h;
+                const int64_t at = (first + t) * H + h, shared = (first + t) * in.HS + h / group;
                 const Vec &S = states[t + 1], &before = states[t];
-                const double *x = &r.x[at * K], *d_o = &in.d_o[at * V], *k = &in.k[at * K], beta = in.beta[at];
+                const double *x = &r.x[at * K], *d_o = &in.d_o[at * V], *k = &in.k[shared * K];
+                const double beta = in.beta[shared], decay = std::exp(in.g[shared]);
                 double* const w = &r.dq[at * K];
                 for (int i = 0; i < K; ++i)
                     for (int c = 0; c < V; ++c) w[i] += S[i * W + c] * d_o[c];
@@ -245,18 +262,17 @@ Results reference(const Inputs& in) {
                     for (int c = 0; c < W; ++c) {
                         double& d = dS[i * W + c];
                         d += x[i] * (c < V ? d_o[c] : -w[c - V]);
-                        r.dk[at * K + i] += beta * d * value(at, c);
+                        r.dk[at * K + i] += beta * d * value(shared, c);
                         (c < V ? r.dv[at * V + c] : r.dk[at * K + c - V]) += beta * d * k[i];
-                        r.dbeta[at] += k[i] * d * value(at, c);
-                        r.dg[at] += std::exp(in.g[at]) * d * before[i * W + c];
-                        d *= std::exp(in.g[at]);
+                        r.dbeta[at] += k[i] * d * value(shared, c);
+                        r.dg[at] += decay * d * before[i * W + c];
+                        d *= decay;
                     }
                 }
             }
             for (int i = 0; i < K; ++i)
                 for (int c = 0; c < W; ++c) {
                     const int64_t s = int64_t(n) * H + h;
-                    // Gradients of H are given for -w x', the transpose of the joint adjoint's -x w'.
                     (c < V ? r.dh_kv[(s * K + i) * V + c] : r.dh_kk[(s * K + c - V) * K + i]) = dS[i * W + c];
                 }
         }
@@ -265,83 +281,113 @@ Results reference(const Inputs& in) {
 
 // ---- the kernels ---------------------------------------------------------------------------------------------------
 
+// Which kernels, and how long the segments of the states are.
+struct Variant {
+    bool hopper;
+    int segment_chunks = kSegmentChunks;
+};
+
 // All device arrays of one forward and backward pass, and its launches.
 struct Pass {
     Problem problem;
-    int H;
+    int H, HS;
     Array<int64_t> bounds;
     Matrix q, k, v, d_o;
-    Array<float> g, beta, lamb, h_kk, h_kv;
+    Array<float> g, beta, lamb, start_kk, start_kv, end_dkk, end_dkv;
     Array<__half> state_panels, adjoint_panels;
-    Array<float> state_scales, adjoint_scales;
+    Array<float> state_scales, adjoint_scales, segment_sums, segment_decays;
+    Array<LambPair> lamb_pairs;
     Output x, o, dx, dq, dk, dv;
     Array<float> dg, dbeta, dlamb, end_kk, end_kv, dh_kk, dh_kv, bound;
     Array<int> steps;
-    bool with_start;
+    Array<uint16_t> rounded;  // dq in bf16
+    bool with_states;
     int max_iterations;
     float tolerance;
 
     // Rounds q, k, v and d_o of `in` to its dtype.
-    Pass(Inputs& in, int max_iterations, float tolerance)
-        : problem{in.T, in.sequences(), nullptr, in.K, in.V}, H(in.H), bounds(in.bounds),
-          q(in.q, in.dtype, in.T, H, in.K), k(in.k, in.dtype, in.T, H, in.K), v(in.v, in.dtype, in.T, H, in.V),
-          d_o(in.d_o, in.dtype, in.T, H, in.V),
-          g(floats(in.g)), beta(floats(in.beta)), lamb(padded_lamb(in)), h_kk(floats(in.h_kk)), h_kv(floats(in.h_kv)),
-          state_panels(panels(in) * kPanel), adjoint_panels(panels(in) * kPanel), state_scales(scales(in)),
-          adjoint_scales(scales(in)), x(in.B, in.T, H, in.K), o(in.B, in.T, H, in.V), dx(in.B, in.T, H, in.K),
-          dq(in.B, in.T, H, in.K), dk(in.B, in.T, H, in.K), dv(in.B, in.T, H, in.V), dg(in.g.size()),
-          dbeta(in.g.size()), dlamb(slots(in) * in.H * in.K),
-          end_kk(size_t(in.sequences()) * H * in.K * in.K), end_kv(size_t(in.sequences()) * H * in.K * in.V),
-          dh_kk(end_kk.count), dh_kv(end_kv.count), bound(in.g.size()), steps(in.g.size()),
-          with_start(!in.h_kk.empty()), max_iterations(max_iterations), tolerance(tolerance) {
+    Pass(Inputs& in, int max_iterations, float tolerance, Variant variant)
+        : problem{in.T, in.sequences(), nullptr, in.K, in.V, variant.hopper, variant.segment_chunks},
+          H(in.H), HS(in.HS), bounds(in.bounds),
+          q(in.q, in.dtype, in.T, H, in.K), k(in.k, in.dtype, in.T, HS, in.K), v(in.v, in.dtype, in.T, HS, in.V),
+          d_o(in.d_o, in.dtype, in.T, H, in.V), g(floats(in.g)), beta(floats(in.beta)), lamb(floats(in.lamb)),
+          start_kk(floats(in.h_kk)), start_kv(floats(in.h_kv)), end_dkk(floats(in.end_dkk)),
+          end_dkv(floats(in.end_dkv)), state_panels(panels(in) * HS * kPanel),
+          adjoint_panels(panels(in) * H * kPanel), state_scales(scales(in) * HS), adjoint_scales(scales(in) * H),
+          segment_sums(segments(in, variant) * H * segment_sum_size(shape(in))),
+          segment_decays(segments(in, variant) * H), lamb_pairs(size_t(HS) * tiles(in.K) * kChunk / 2),
+          x(in.B, in.T, H, in.K), o(in.B, in.T, H, in.V), dx(in.B, in.T, H, in.K),
+          dq(in.B, in.T, H, in.K), dk(in.B, in.T, H, in.K), dv(in.B, in.T, H, in.V),
+          dg(in.B * in.T * H), dbeta(dg.count), dlamb(slots(in) * H * in.K),
+          end_kk(size_t(in.sequences()) * HS * in.K * in.K), end_kv(size_t(in.sequences()) * HS * in.K * in.V),
+          dh_kk(size_t(in.sequences()) * H * in.K * in.K), dh_kv(size_t(in.sequences()) * H * in.K * in.V),
+          bound(dg.count), steps(dg.count), rounded(dq.data.count), with_states(!in.h_kk.empty()),
+          max_iterations(max_iterations), tolerance(tolerance) {
         if (bounds.count) problem.cu_seqlens = bounds.data;
         check(cudaMemset(dlamb.data, 0, dlamb.count * sizeof(float)), "cudaMemset");  // slots may be unused
     }
 
-    static Problem shape(const Inputs& in) {
-        return {in.T, in.sequences(), in.bounds.empty() ? nullptr : in.bounds.data(), in.K, in.V};
+    static Problem shape(const Inputs& in, int segment_chunks = kSegmentChunks) {
+        return {in.T, in.sequences(), in.bounds.empty() ? nullptr : in.bounds.data(), in.K, in.V, false,
+                segment_chunks};
     }
+    static size_t segments(const Inputs& in, Variant variant) { return shape(in, variant.segment_chunks).segments(); }
     static size_t slots(const Inputs& in) { return shape(in).slots(); }
-    static size_t panels(const Inputs& in) { return slots(in) * in.H * split_state_panels(shape(in)); }
-    static size_t scales(const Inputs& in) { return slots(in) * in.H * (tiles(in.V) + tiles(in.K)); }
-    static Array<float> padded_lamb(const Inputs& in) {
-        const int width = tiles(in.K) * kChunk;
-        Vec out(size_t(in.H) * width, 1.0);
-        for (int h = 0; h < in.H; ++h) std::copy_n(&in.lamb[h * in.K], in.K, &out[h * width]);
-        return floats(out);
-    }
-
-    Gates gates() const { return {g.data, beta.data, H, 1}; }
-    SplitStates states() const { return {state_panels.data, state_scales.data, H, 1}; }
+    static size_t panels(const Inputs& in) { return slots(in) * split_state_panels(shape(in)); }  // of a head
+    static size_t scales(const Inputs& in) { return slots(in) * (tiles(in.V) + tiles(in.K)); }
+    // What the state heads have, as seen by a kernel that works on all output heads.
+    Rows grouped(Rows rows) const { return rows.group = H / HS, rows; }
+    Rows keys() const { return grouped(k.rows); }
+    Rows values() const { return grouped(v.rows); }
+    Gates gates() const { return {g.data, beta.data, HS, H / HS}; }
+    SplitStates states() const { return {state_panels.data, state_scales.data, HS, H / HS}; }
     SplitStates adjoints() const { return {adjoint_panels.data, adjoint_scales.data, H, 1}; }
 
     void chunk_states() const {
-        check(launch_chunk_states({problem, k.rows, {v.rows, k.rows}, gates(), with_start ? h_kv.data : nullptr,
-                                   with_start ? h_kk.data : nullptr, end_kv.data, end_kk.data, states(), H, 1, false},
+        check(launch_chunk_states({problem, k.rows, {v.rows, k.rows}, {g.data, beta.data, HS, 1},
+                                   with_states ? start_kv.data : nullptr, with_states ? start_kk.data : nullptr,
+                                   end_kv.data, end_kk.data, {state_panels.data, state_scales.data, HS, 1}, HS, 1,
+                                   false, segment_sums.data, segment_decays.data, lamb.data, lamb_pairs.data},
                                   nullptr), "chunk states");
     }
-    void solve(const Rows& rhs, const Output& to) const {
-        check(launch_solve({problem, rhs, k.rows, gates(), lamb.data, states(), to.rows, steps.data, bound.data, H,
-                            max_iterations, tolerance}, nullptr), "solve");
+    void solve(const Rows& rhs, const Output& to, const Rows& rounded) const {
+        check(launch_solve({problem, rhs, keys(), gates(), lamb_pairs.data, states(), to.rows, rounded, steps.data,
+                            bound.data, H, max_iterations, tolerance}, nullptr), "solve");
     }
-    void solve_forward() const { solve(q.rows, x); }
+    void solve_forward() const { solve(q.rows, x, {nullptr, 0, 0, 0, DType::f32, 0, 1}); }
     void readout() const {
-        check(launch_readout({problem, x.rows, k.rows, v.rows, gates(), states(), o.rows, H, false},
-                             nullptr), "readout");
+        check(launch_readout({problem, x.rows, keys(), values(), gates(), states(), o.rows, H, false}, nullptr),
+              "readout");
     }
     void readout_transposed() const {
-        check(launch_readout({problem, d_o.rows, v.rows, k.rows, gates(), states(), dx.rows, H, true}, nullptr),
+        check(launch_readout({problem, d_o.rows, values(), keys(), gates(), states(), dx.rows, H, true}, nullptr),
               "transposed readout");
     }
-    void solve_backward() const { solve(dx.rows, dq); }
+    void solve_backward() const { solve(dx.rows, dq, rounded_rows()); }
     void adjoint_states() const {
-        check(launch_chunk_states({problem, x.rows, {d_o.rows, dq.rows}, gates(), nullptr, nullptr,
-                                   dh_kv.data, dh_kk.data, adjoints(), H, 1, true}, nullptr), "adjoint states");
+        check(launch_chunk_states({problem, x.rows, {d_o.rows, dq.rows}, gates(), with_states ? end_dkv.data : nullptr,
+                                   with_states ? end_dkk.data : nullptr, dh_kv.data, dh_kk.data, adjoints(), H, H / HS,
+                                   true, segment_sums.data, segment_decays.data, nullptr, nullptr},
+                                  nullptr), "adjoint states");
     }
     void gradients() const {
-        check(launch_grad({problem, x.rows, dq.rows, d_o.rows, k.rows, v.rows, gates(), states(),
+        check(launch_grad({problem, x.rows, dq.rows, d_o.rows, keys(), values(), gates(), states(),
                            adjoints(), dk.rows, dv.rows, dg.data, dbeta.data, dlamb.data, H}, nullptr),
               "grad");
+    }
+
+    Rows rounded_rows() const {
+        Rows rows = dq.rows;
+        rows.data = rounded.data, rows.dtype = DType::bf16;
+        return rows;
+    }
+    bool rounded_is_dq() const {
+        const std::vector<float> exact = dq.data.host();
+        const std::vector<uint16_t> bits = rounded.host();
+        bool equal = true;
+        for (size_t i = 0; i < exact.size(); ++i)
+            equal = equal && __bfloat16_as_ushort(__float2bfloat16(exact[i])) == bits[i];
+        return equal;
     }
 
     struct Stage {
@@ -395,23 +441,38 @@ bool report(const std::string& title, std::initializer_list<Comparison> comparis
 
 const char* name(DType d) { return d == DType::f16 ? "f16" : d == DType::bf16 ? "bf16" : "f32"; }
 
-bool test_chunks(int B, int64_t T, int H, int K, int V, DType dtype, std::vector<int64_t> bounds) {
-    Inputs in(B, T, H, K, V, dtype, std::move(bounds));
-    const Results a = Pass(in, 50, 1e-5f).run();
+bool test_chunks(Variant variant, int B, int64_t T, int H, int K, int V, DType dtype, std::vector<int64_t> bounds,
+                 int group = 1) {
+    Inputs in(B, T, H, K, V, dtype, std::move(bounds), group);
+    const Pass pass(in, 50, 1e-5f, variant);
+    const Results a = pass.run();
     const Results e = reference(in);  // after Pass has rounded the inputs
-    const std::string title = std::string(name(dtype)) + " B=" + std::to_string(B) + " T=" + std::to_string(T) + " K=" +
-                              std::to_string(K) + " V=" + std::to_string(V) + (in.bounds.empty() ? "" : " packed");
-    return report(title, {{"o", a.o, e.o}, {"x", a.x, e.x}, {"h_kk", a.h_kk, e.h_kk}, {"h_kv", a.h_kv, e.h_kv},
-                          {"dq", a.dq, e.dq}, {"dk", a.dk, e.dk}, {"dv", a.dv, e.dv}, {"dg", a.dg, e.dg},
-                          {"dbeta", a.dbeta, e.dbeta}, {"dlamb", a.dlamb, e.dlamb}, {"dh_kk", a.dh_kk, e.dh_kk},
-                          {"dh_kv", a.dh_kv, e.dh_kv}}, 1e-3);
+    const std::string title = std::string(variant.hopper ? "hopper " : "") + name(dtype) + " B=" + std::to_string(B) +
+                              " T=" + std::to_string(T) + " K=" + std::to_string(K) + " V=" + std::to_string(V) +
+                              (in.bounds.empty() ? "" : " packed") + (group == 1 ? "" : " groups") +
+                              (Pass::shape(in, variant.segment_chunks).segmented() ? " segments" : "");
+    if (!pass.rounded_is_dq()) std::printf("dq in bf16 is not dq rounded\n");
+    return pass.rounded_is_dq() & report(title,
+                                         {{"o", a.o, e.o},
+                                          {"x", a.x, e.x},
+                                          {"h_kk", a.h_kk, e.h_kk},
+                                          {"h_kv", a.h_kv, e.h_kv},
+                                          {"dq", a.dq, e.dq},
+                                          {"dk", a.dk, e.dk},
+                                          {"dv", a.dv, e.dv},
+                                          {"dg", a.dg, e.dg},
+                                          {"dbeta", a.dbeta, e.dbeta},
+                                          {"dlamb", a.dlamb, e.dlamb},
+                                          {"dh_kk", a.dh_kk, e.dh_kk},
+                                          {"dh_kv", a.dh_kv, e.dh_kv}},
+                                         1e-3);
 }
 
 // Decode takes sequences of one token: rows 2 and 0 of a pool of three; the middle one of three sequences is skipped.
-bool test_decode(int K, int V, DType dtype) {
-    const int H = 2, B = 3, pool = 3;
-    Inputs in(B, 1, H, K, V, dtype);
-    Matrix q(in.q, dtype, 1, H, K), k(in.k, dtype, 1, H, K), v(in.v, dtype, 1, H, V);
+bool test_decode(int K, int V, DType dtype, int group = 1) {
+    const int HS = 2, H = HS * group, B = 3, pool = 3;
+    Inputs in(B, 1, H, K, V, dtype, {}, group);
+    Matrix q(in.q, dtype, 1, H, K), k(in.k, dtype, 1, HS, K), v(in.v, dtype, 1, HS, V);
     const std::vector<int64_t> indices = {2, -1, 0};
     const Results expected = reference(in);
 
@@ -432,22 +493,37 @@ bool test_decode(int K, int V, DType dtype) {
     Output o(B, 1, H, V, V);
     Array<int64_t> state_indices(indices);
     check(launch_decode({q.rows, k.rows, v.rows, o.rows, g.data, beta.data, lamb.data, h_kk.data, h_kv.data,
-                         state_indices.data, pool, B, H, H, K, V, 50, 1e-5f}, nullptr), "decode");
+                         state_indices.data, pool, B, HS, H, K, V, 50, 1e-5f}, nullptr), "decode");
     check(cudaDeviceSynchronize(), "decode");
-    return report(std::string("decode ") + name(dtype) + " K=" + std::to_string(K) + " V=" + std::to_string(V),
+    return report(std::string("decode ") + name(dtype) + " K=" + std::to_string(K) + " V=" + std::to_string(V) +
+                      (group == 1 ? "" : " groups"),
                   {{"o", o.doubles(), without_skipped(expected.o, {})},
                    {"h_kk", h_kk.doubles(), pooled(without_skipped(expected.h_kk, in.h_kk))},
                    {"h_kv", h_kv.doubles(), pooled(without_skipped(expected.h_kv, in.h_kv))}}, 1e-3);
 }
 
+bool has_hopper() {
+    int device = 0, major = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    return major == 9;
+}
+
 bool test() {
     bool ok = true;
     for (DType dtype : {DType::f16, DType::bf16, DType::f32}) {
-        ok &= test_chunks(2, 150, 2, 128, 128, dtype, {});
-        ok &= test_chunks(1, 200, 2, 64, 96, dtype, {0, 70, 70, 200});
-        ok &= test_chunks(1, 100, 1, 37, 21, dtype, {});
+        for (bool hopper : {false, true}) {
+            if (hopper && !has_hopper()) continue;
+            ok &= test_chunks({hopper}, 2, 150, 2, 128, 128, dtype, {});
+            ok &= test_chunks({hopper}, 1, 200, 2, 64, 96, dtype, {0, 70, 70, 200});
+            ok &= test_chunks({hopper}, 1, 100, 1, 37, 21, dtype, {});
+            ok &= test_chunks({hopper, 1}, 1, 300, 1, 70, 30, dtype, {});
+            ok &= test_chunks({hopper, 2}, 1, 700, 1, 16, 16, dtype, {0, 10, 330, 330, 700});
+            ok &= test_chunks({hopper, 1}, 2, 150, 6, 37, 70, dtype, {}, 3);
+        }
         ok &= test_decode(128, 128, dtype);
         ok &= test_decode(37, 70, dtype);
+        ok &= test_decode(128, 50, dtype, 6);  // more queries than are read out together
     }
     std::printf(ok ? "all right\n" : "SOMETHING IS WRONG\n");
     return ok;
@@ -472,11 +548,11 @@ float median_ms(int runs, const std::function<void()>& work) {
     return ms[runs / 2];
 }
 
-void bench(int B, int64_t T, int H, int K, int V, int runs) {
-    std::printf("B=%d T=%lld H=%d K=%d V=%d, f16, tolerance 1e-3, median of %d\n", B,
+void bench(bool hopper, int B, int64_t T, int H, int K, int V, int runs) {
+    std::printf("%s B=%d T=%lld H=%d K=%d V=%d, f16, tolerance 1e-3, median of %d\n", hopper ? "hopper" : "portable", B,
                 static_cast<long long>(T), H, K, V, runs);
-    Inputs in(B, T, H, K, V, DType::f16, {}, false);
-    const Pass pass(in, 30, 1e-3f);
+    Inputs in(B, T, H, K, V, DType::f16, {}, 1, false);
+    const Pass pass(in, 30, 1e-3f, {hopper});
     float total = 0;
     for (const Pass::Stage& stage : Pass::stages) {
         const float ms = median_ms(runs, [&] { (pass.*stage.launch)(); });
@@ -503,7 +579,10 @@ int main(int argc, char** argv) {
     }
     if (argc > 1 && std::strcmp(argv[1], "--bench") == 0) {
         const auto number = [&](int i, int otherwise) { return argc > i ? std::atoi(argv[i]) : otherwise; };
-        bench(number(2, 8), number(3, 2048), number(4, 16), number(5, 128), number(6, 128), number(7, 20));
+        for (bool hopper : {false, true})
+            if (!hopper || has_hopper())
+                bench(hopper, number(2, 8), number(3, 2048), number(4, 16), number(5, 128), number(6, 128),
+                      number(7, 20));
         return 0;
     }
     return test() ? 0 : 1;
