@@ -16,12 +16,14 @@ from common import (
     floor_ms,
     host_us,
     import_fla,
+    kernel_paths,
     make_inputs,
     make_parser,
     peak_memory,
     plot_lines,
     print_table,
     replayed,
+    using_kernels,
     work,
     write_json,
 )
@@ -73,14 +75,28 @@ def time_call(forward, leaves, timer):
 
 
 def measure(shape, args, timer):
+    """One row for each set of kernels; the peers' figures stand in the last."""
     B, T, H, D = (int(n) for n in shape.split("x"))
     inputs = make_inputs(B, T, H, D, D, DTYPES[args.dtype], args.device)
     options = {"max_cg_iterations": args.steps, "cg_tol": 0.0} if args.steps else {}
-    steps = mesa_attention(**inputs, **options, return_solver_info=True)[2].steps.float()
-    row = {"shape": shape, "steps": steps.mean().item(), "max": int(steps.max())}
+    rows = []
+    for kernels in kernel_paths(args.device):
+        with using_kernels(kernels):
+            rows.append({"shape": shape, "kernels": kernels, **measure_ours(inputs, options, timer)})
     inputs = {name: a.requires_grad_() for name, a in inputs.items()}
+    if import_fla() and args.device == "cuda" and not args.no_peers:
+        rows[-1]["fla fwd"], rows[-1]["fla f+b"], rows[-1]["fla MiB"] = time_call(*fla_chunk(inputs), timer)
+    if not args.no_peers and args.dtype != "fp32":
+        rows[-1]["softmax fwd"], rows[-1]["softmax f+b"], _ = time_call(*softmax(inputs), timer)
+    return rows
 
-    forward_ms, both_ms, peak = time_call(*ours(inputs, options), timer)
+
+def measure_ours(inputs, options, timer):
+    B, T, H, D = inputs["q"].shape
+    steps = mesa_attention(**inputs, **options, return_solver_info=True)[2].steps.float()
+    row = {"steps": steps.mean().item(), "max": int(steps.max())}
+    leaves = {name: a.detach().requires_grad_() for name, a in inputs.items()}
+    forward_ms, both_ms, peak = time_call(*ours(leaves, options), timer)
     executed = work(B, T, H, D, D, row["steps"])
     needed = work(B, T, H, D, D)
     row |= {"fwd ms": forward_ms, "fwd+bwd ms": both_ms, "peak MiB": peak}
@@ -92,34 +108,39 @@ def measure(shape, args, timer):
             "fwd floor share": floor_ms(needed["forward"]) / forward_ms,
             "f+b floor share": floor_ms(*needed.values()) / both_ms,
         }
-    if import_fla() and args.device == "cuda" and not args.no_peers:
-        row["fla fwd"], row["fla f+b"], row["fla MiB"] = time_call(*fla_chunk(inputs), timer)
-    if not args.no_peers and args.dtype != "fp32":
-        row["softmax fwd"], row["softmax f+b"], _ = time_call(*softmax(inputs), timer)
     return row
 
 
-def measure_small_call(timer):
+def measure_small_call(kernels, timer):
     """B=1, T=512, 16 heads: CUDA-graph replay and the Python side of an eager call, in microseconds."""
     inputs = make_inputs(1, 512, 16, 128, 128, torch.bfloat16, "cuda")
     call, _ = ours(inputs, {})
-    with torch.no_grad():
+    with torch.no_grad(), using_kernels(kernels):
         replay = replayed(call)
         replay_us = 1e3 * Timer("cuda", timer.repeats, flush=False)(lambda: [replay() for _ in range(20)]) / 20
-        return {"call": "1x512x16x128 forward", "graph replay us": replay_us, "eager host us": host_us(call)}
+        return {
+            "call": "1x512x16x128 forward",
+            "kernels": kernels,
+            "graph replay us": replay_us,
+            "eager host us": host_us(call),
+        }
 
 
 def plot_sweep(path, rows):
     """Microseconds a token against the length of a sequence."""
 
-    def points(key):
+    def points(key, kernels=None):
         for row in rows:
             B, T = (int(n) for n in row["shape"].split("x")[:2])
-            if row.get(key):
+            if row.get(key) and kernels in (None, row["kernels"]):
                 yield T, 1e3 * row[key] / (B * T)
 
-    columns = {"mesa_ext": "fwd+bwd ms", "fla": "fla f+b", "softmax (SDPA)": "softmax f+b"}
-    lines = {name: list(points(key)) for name, key in columns.items()}
+    peers = {"fla": "fla f+b", "softmax (SDPA)": "softmax f+b"}
+    lines = {
+        f"mesa_ext, {kernels}" if kernels else "mesa_ext": list(points("fwd+bwd ms", kernels))
+        for kernels in dict.fromkeys(row["kernels"] for row in rows)
+    }
+    lines |= {name: list(points(key)) for name, key in peers.items()}
     plot_lines(path, lines, "tokens in a sequence", "forward + backward, microseconds a token")
 
 
@@ -135,18 +156,19 @@ def main():
     timer = Timer(args.device, args.repeats)
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
 
-    rows = [measure(shape, args, timer) for shape in args.shapes or SHAPES[torch.device(args.device).type]]
+    shapes = args.shapes or SHAPES[torch.device(args.device).type]
+    rows = [row for shape in shapes for row in measure(shape, args, timer)]
     print_table(f"mesa_attention, {args.dtype}" + (f", exactly {args.steps} steps" if args.steps else ""), rows)
     errors = compare(BENCH_REGIME, DTYPES[args.dtype], args.device, tokens=512)
     print_table("relative error to the float64 reference, T = 512, K = V = 128", errors)
     extra = {}
     if timer.cuda:
-        extra["small_call"] = measure_small_call(timer)
-        print_table("small call", [extra["small_call"]])
+        extra["small_call"] = [measure_small_call(kernels, timer) for kernels in kernel_paths(args.device)]
+        print_table("small call", extra["small_call"])
     if args.sweep or args.plot:
         tokens = SWEEP if timer.cuda else [256, 512]
         total = max(tokens) // 2 if timer.cuda else max(tokens)
-        extra["sweep"] = [measure(f"{max(1, total // t)}x{t}x16x128", args, timer) for t in tokens]
+        extra["sweep"] = [row for t in tokens for row in measure(f"{max(1, total // t)}x{t}x16x128", args, timer)]
         print_table("time against T", extra["sweep"])
         plot_sweep(args.plot, extra["sweep"])
     write_json(args.json, dtype=args.dtype, exact_steps=args.steps, chunk=rows, errors=errors, **extra)

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import time
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -148,6 +150,27 @@ def work(B, T, H, K, V, steps=6.0):
 def floor_ms(*parts):
     """Milliseconds that the card's ceilings allow: the slower of products and memory, part after part."""
     return sum(1e3 * max(flops / PEAK_FLOPS, size / PEAK_BYTES) for flops, size in parts)
+
+
+def kernel_paths(device):
+    """The sets of chunked kernels that this device has; the one to use is asked for by MESA_EXT_KERNELS."""
+    if torch.device(device).type != "cuda":
+        return [None]
+    return ["portable", "hopper"] if torch.cuda.get_device_capability()[0] == 9 else ["portable"]
+
+
+@contextmanager
+def using_kernels(path):
+    """Asks for one of kernel_paths; None leaves the choice."""
+    if path is None:
+        yield
+        return
+    before = os.environ.get("MESA_EXT_KERNELS")
+    os.environ["MESA_EXT_KERNELS"] = path
+    try:
+        yield
+    finally:
+        os.environ.pop("MESA_EXT_KERNELS") if before is None else os.environ.update(MESA_EXT_KERNELS=before)
 
 
 def environment():

@@ -75,17 +75,22 @@ def command(line, **environment):
     return done.returncode, round(time.monotonic() - start, 1), done.stdout
 
 
-def json_of(name, *arguments):
+def json_of(name, *arguments, **environment):
     """The figures that a script writes with --json, or how it failed."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "figures.json"
-        status, seconds, output = script(name, *arguments, "--json", target)
+        status, seconds, output = script(name, *arguments, "--json", target, **environment)
         if not target.exists():
             return {"failed": output.strip().splitlines()[-1:], "status": status}
         return {**json.loads(target.read_text()), "status": status, "seconds": seconds}
 
 
 def run_tests(args):
+    """The whole suite with either set of kernels."""
+    return {kernels: run_pytest(args, kernels) for kernels in ("portable", "hopper")}
+
+
+def run_pytest(args, kernels):
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "tests.xml"
         line = [
@@ -100,7 +105,7 @@ def run_tests(args):
             f"--junitxml={xml}",
             "tests",
         ]
-        status, seconds, _ = command(line + args.pytest)
+        status, seconds, _ = command(line + args.pytest, MESA_EXT_KERNELS=kernels)
         cases = list(ElementTree.parse(xml).iter("testcase")) if xml.exists() else []
     kinds = {kind: [case for case in cases if case.find(kind) is not None] for kind in ("failure", "error", "skipped")}
     failures = [f"{case.get('classname')}::{case.get('name')}" for case in kinds["failure"] + kinds["error"]]
@@ -140,7 +145,9 @@ def run_bench(args):
         "chunk": json_of("bench_chunk.py", *(["--sweep"] if args.sweep else [])),
         "chunk_30_steps": json_of("bench_chunk.py", "--shapes", "8x2048x16x128", "--steps", 30, "--no-peers"),
         "decode": json_of("bench_decode.py"),
-        "kernels": json_of("profile_kernels.py"),
+        "kernels": {
+            kernels: json_of("profile_kernels.py", MESA_EXT_KERNELS=kernels) for kernels in ("portable", "hopper")
+        },
     }
 
 

@@ -1,6 +1,7 @@
 """Forward, backward and decode on tiny shapes: the program that compute-sanitizer runs (see gpu_report.py)."""
 
 import torch
+from common import kernel_paths, using_kernels
 
 from mesa_ext import MesaState, mesa_attention, mesa_decode_step
 
@@ -40,9 +41,12 @@ def run(dtype, K, V, T, q_heads, k_heads, heads, bounds):
 
 
 def main():
-    for case in CASES:
-        run(*case, bounds=None)
-    run(torch.bfloat16, 128, 128, 130, 1, 1, 1, bounds=[0, 0, 67, 68, 130])
+    for kernels in kernel_paths("cuda"):
+        with using_kernels(kernels):
+            for case in CASES:
+                run(*case, bounds=None)
+            run(torch.bfloat16, 128, 128, 130, 1, 1, 1, bounds=[0, 0, 67, 68, 130])
+            run(torch.bfloat16, 16, 16, 4200, 1, 1, 1, bounds=None)  # of two segments
     print("sanitize_target: done")
 
 

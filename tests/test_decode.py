@@ -36,7 +36,9 @@ def test_against_the_reference(device, data):
         context=data.draw(st.sampled_from([1, 100, 2000])),
     )
     state = copy(inputs.initial_state)
-    o = step(inputs, state)
+    # A single short read-out may cancel to less than the solver's tolerance: 16 bits get a finer one than their default.
+    tolerance = {"cg_tol": 1e-5, "max_cg_iterations": 256} if dtype.itemsize == 2 else {}
+    o = step(inputs, state, **tolerance)
     assert_accurate(inputs, {"o": o.unsqueeze(1), **state._asdict()})
 
 

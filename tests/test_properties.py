@@ -11,6 +11,7 @@ from tests.regimes import (
     BARS,
     REGIMES,
     Inputs,
+    assert_accurate,
     assert_bitwise,
     assert_close,
     draw,
@@ -103,6 +104,46 @@ def test_packed_equals_separate(device):
             dlamb = dlamb + alone.pop("dlamb").double()
             assert_bitwise(part, alone)
         assert_close({"dlamb": packed["dlamb"]}, {"dlamb": dlamb}, 1e-5)
+
+
+@pytest.mark.gpu
+def test_packed_equals_separate_beyond_a_segment():
+    """Long sequences are cut into segments, at tokens that must not depend on what else is packed."""
+    for dtype in dtypes("cuda"):
+        inputs = draw("random", "cuda", dtype, lengths=[4100, 0, 8300, 70, 4096], heads=1, K=16, V=24, context=30)
+        inputs.g.mul_(0.01)  # so that a segment's start still matters at its end
+        do, *dstate = output_gradients(inputs, state=True)
+        packed = attend(inputs, (do, *dstate))
+        bounds = inputs.cu_seqlens.tolist()
+        for n, sequence in enumerate(inputs.sequences()):
+            start, end = bounds[n], bounds[n + 1]
+            gradients = (do[:, start:end], *(d[n : n + 1] for d in dstate))
+            alone = attend(sequence, gradients)
+            alone.pop("dlamb")
+            part = {name: packed[name][:, start:end] if name in TOKEN_RESULTS else packed[name][n : n + 1] for name in alone}
+            assert_bitwise(part, alone)
+            if n == 2:
+                assert_accurate(sequence, alone, gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("regime", REGIMES)
+def test_both_sets_of_kernels(regime, monkeypatch):
+    """The portable ones and Hopper's are right, and agree about the number of steps to within the rounding of a bound."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("has only the portable kernels")
+    for dtype in dtypes("cuda"):
+        for K, V in ((128, 128), (64, 96), (40, 24)):
+            inputs = draw(regime, "cuda", dtype, T=150, K=K, V=V, context=1024)
+            gradients = output_gradients(inputs, state=True)
+            steps = {}
+            for kernels in ("portable", "hopper"):
+                monkeypatch.setenv("MESA_EXT_KERNELS", kernels)
+                results = attend(inputs, gradients, max_cg_iterations=solver_steps(dtype))
+                assert_accurate(inputs, results, gradients)
+                assert_bitwise(attend(inputs, gradients, max_cg_iterations=solver_steps(dtype)), results)
+                steps[kernels] = full(inputs, max_cg_iterations=solver_steps(dtype))["steps"]
+            assert (steps["portable"] - steps["hopper"]).abs().max() <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
