@@ -1,0 +1,300 @@
+// Scratch matrices, the tokens of a chunk in them, and the states before every chunk.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "../checks.h"
+#include "isa.h"
+
+namespace mesa::cpu {
+
+using at::Tensor;
+using std::optional;
+
+// ---------------------------------------------------------------------------------------------------- scratch memory
+
+template <typename T>
+struct View {
+    T* data;
+    int64_t ld;
+
+    T* row(int64_t i) const { return data + i * ld; }
+    View columns_from(int64_t j) const { return {data + j, ld}; }
+    View rows_from(int64_t i) const { return {row(i), ld}; }
+};
+
+// Scratch memory of a thread, zero at first. What is written without its padding keeps the padding zero; results of
+// products are written with it, and NaN times zero is NaN there too.
+template <typename T>
+struct Matrix : View<T> {
+    Matrix(int64_t rows, int64_t columns) : View<T>{nullptr, pitch<T>(columns)} {
+        const size_t bytes = rows * this->ld * sizeof(T);
+        memory.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+        if (!memory) throw std::bad_alloc();
+        this->data = memory.get();
+        std::fill_n(this->data, rows * this->ld, T(0));
+    }
+
+    struct Free {
+        void operator()(T* p) const { std::free(p); }
+    };
+    std::unique_ptr<T, Free> memory;
+};
+
+template <typename T>
+void transpose(View<T> from, int64_t rows, int64_t columns, View<T> to) {
+    const auto tile = [&](int64_t i0, int64_t j0, int64_t height, int64_t width) {
+        for (int64_t j = j0; j < j0 + width; ++j)
+            for (int64_t i = i0; i < i0 + height; ++i) to.row(j)[i] = from.row(i)[j];
+    };
+    constexpr int64_t kBlock = 16, kTile = 4;  // a block stays in the cache, a tile is transposed in registers
+    for (int64_t i0 = 0; i0 < rows; i0 += kBlock)
+        for (int64_t j0 = 0; j0 < columns; j0 += kBlock)
+            for (int64_t j = j0; j < std::min(columns, j0 + kBlock); j += kTile)
+                for (int64_t i = i0; i < std::min(rows, i0 + kBlock); i += kTile) {
+                    if (i + kTile > rows || j + kTile > columns) {
+                        tile(i, j, std::min(kTile, rows - i), std::min(kTile, columns - j));
+                        continue;
+                    }
+                    for (int64_t b = 0; b < kTile; ++b) {
+                        const T column[kTile] = {from.row(i)[j + b], from.row(i + 1)[j + b], from.row(i + 2)[j + b],
+                                                 from.row(i + 3)[j + b]};
+                        std::copy_n(column, kTile, to.row(j + b) + i);
+                    }
+                }
+}
+
+// The same numbers in another type.
+template <typename From, typename To>
+void convert(View<From> from, int64_t rows, int64_t columns, View<To> to) {
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(from.row(i), columns, to.row(i));
+}
+
+// ------------------------------------------------------------------------------------------- tokens, heads and chunks
+
+// A contiguous [tokens, heads, width] array: [B, T] flattened.
+template <typename T>
+struct Heads {
+    T* data;
+    int64_t heads, width;
+
+    explicit Heads(const Tensor& t) : data(t.data_ptr<T>()), heads(t.size(-2)), width(t.size(-1)) {}
+
+    T* at(int64_t token, int64_t head) const { return data + (token * heads + head) * width; }
+
+    // The head that a state head reads, the n-th where it reads several.
+    int64_t of_state(const ProblemSize& p, int64_t state_head, int64_t n = 0) const {
+        return heads <= p.HS ? state_head / (p.HS / heads) : state_head * (heads / p.HS) + n;
+    }
+
+    // The rows of one head; those from count to kChunk are set to zero.
+    void load(int64_t token, int count, int64_t head, View<T> to) const {
+        for (int i = 0; i < count; ++i) std::copy_n(at(token + i, head), width, to.row(i));
+        for (int i = count; i < kChunk; ++i) std::fill_n(to.row(i), width, T(0));
+    }
+    void store(int64_t token, int count, int64_t head, View<T> from) const {
+        for (int i = 0; i < count; ++i) std::copy_n(from.row(i), width, at(token + i, head));
+    }
+};
+
+struct Chunk {
+    int64_t token;  // first one, in [B, T] flattened
+    int count;      // of tokens
+};
+
+struct Layout {
+    std::vector<Chunk> chunks;
+    std::vector<int64_t> first;  // [N + 1] first chunk of each sequence
+
+    Layout(const ProblemSize& p, const optional<Tensor>& cu_seqlens) {
+        std::vector<int64_t> offsets(p.N + 1);
+        if (cu_seqlens) {
+            const Tensor contiguous = cu_seqlens->contiguous();
+            std::copy_n(contiguous.const_data_ptr<int64_t>(), p.N + 1, offsets.begin());
+        } else {
+            for (int64_t n = 0; n <= p.N; ++n) offsets[n] = n * p.T;
+        }
+        for (int64_t n = 0; n < p.N; ++n) {
+            first.push_back(chunks.size());
+            for (int64_t t = offsets[n]; t < offsets[n + 1]; t += kChunk)
+                chunks.push_back({t, static_cast<int>(std::min<int64_t>(kChunk, offsets[n + 1] - t))});
+        }
+        first.push_back(chunks.size());
+    }
+};
+
+// Rows 0, 1, 2, ...: all rows of a product.
+inline std::vector<int> row_numbers(int64_t count) {
+    std::vector<int> rows(count);
+    std::iota(rows.begin(), rows.end(), 0);
+    return rows;
+}
+
+// The gates of a chunk and state head, with gc the running sum of g. The decays are products of e^g in double
+// precision: no difference of large sums is ever formed, and g = -inf needs no care.
+template <typename T>
+struct Gates {
+    double decay[kChunk];
+    T beta[kChunk];
+    T in[kChunk];   // e^{gc_i}, from the state before the chunk to token i
+    T out[kChunk];  // e^{gc_C - gc_j}, from token j to the state after the chunk
+    T total;        // e^{gc_C}
+
+    void load(const Heads<T>& g, const Heads<T>& beta_heads, Chunk chunk, int64_t head) {
+        std::fill_n(beta, kChunk, T(0));
+        std::fill_n(decay, kChunk, 1.0);
+        double product = 1;
+        for (int i = 0; i < chunk.count; ++i) {
+            decay[i] = std::exp(static_cast<double>(g.at(chunk.token + i, 0)[head]));
+            beta[i] = beta_heads.at(chunk.token + i, 0)[head];
+            product *= decay[i];
+            in[i] = static_cast<T>(product);
+        }
+        total = static_cast<T>(product);
+        product = 1;
+        for (int j = chunk.count - 1; j >= 0; --j) {
+            out[j] = static_cast<T>(product);
+            product *= decay[j];
+        }
+    }
+};
+
+// A chunk of tokens with everything that a state head needs of it.
+template <typename T>
+struct Block {
+    int count = 0;
+    int64_t k_column;     // of k in u = [v | k]; v starts at 0
+    Matrix<T> u, ut;      // [kChunk, v | k] and its transpose
+    Matrix<T> decay;      // L[i,j] = e^{gc_i - gc_j} for j <= i, else 0
+    Matrix<T> mask;       // M[i,j] = L[i,j] beta_j
+    Gates<T> gates;
+
+    Block(int64_t K, int64_t V)
+        : k_column(padded<T>(V)), u(kChunk, k_column + padded<T>(K)), ut(k_column + padded<T>(K), kChunk),
+          decay(kChunk, kChunk), mask(kChunk, kChunk) {}
+
+    View<T> v() const { return u; }
+    View<T> k() const { return u.columns_from(k_column); }
+    View<T> vt() const { return ut; }
+    View<T> kt() const { return ut.rows_from(k_column); }
+
+    // The same tokens in float64, as far as `attend` reads them. The padding of the two types differs.
+    template <typename From>
+    void widen(const Block<From>& from, int64_t K, int64_t V) {
+        count = from.count;
+        convert<From, T>(from.v(), kChunk, V, v());
+        convert<From, T>(from.k(), kChunk, K, k());
+        convert<From, T>(from.vt(), V, kChunk, vt());
+        convert<From, T>(from.kt(), K, kChunk, kt());
+        convert<From, T>(from.mask, kChunk, kChunk, mask);
+        std::copy_n(from.gates.in, kChunk, gates.in);
+    }
+
+    void load(const Heads<T>& k_heads, int64_t k_head, const Heads<T>& v_heads, const Heads<T>& g,
+              const Heads<T>& beta, Chunk chunk, int64_t head, bool transpose_v) {
+        count = chunk.count;
+        v_heads.load(chunk.token, count, head, v());
+        k_heads.load(chunk.token, count, k_head, k());
+        if (transpose_v) transpose(v(), kChunk, v_heads.width, vt());
+        transpose(k(), kChunk, k_heads.width, kt());
+        gates.load(g, beta, chunk, head);
+        double row[kChunk] = {};
+        for (int i = 0; i < kChunk; ++i) {
+            for (int j = 0; j < i; ++j) row[j] *= gates.decay[i];
+            row[i] = 1;
+            T* const l = decay.row(i);
+            T* const m = mask.row(i);
+            for (int j = 0; j < kChunk; ++j) {
+                l[j] = static_cast<T>(row[j]);
+                m[j] = l[j] * gates.beta[j];
+            }
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------------------- states by chunks
+
+// One part of a joint state, G or H.
+template <typename T>
+struct ScanPart {
+    Heads<T> values;
+    T sign;           // of the values
+    const T* start;   // [N, HS, K, width] where the scan starts, or null for zeros
+    T* end;           // and where it ends, or null if not wanted
+    bool transposed;  // both are stored as transposes
+};
+
+// Runs S = total S + sum_t weight_t a_t values_t' over the chunks of every sequence and keeps the state that each chunk
+// starts from in states[chunk, head]. Forwards these are the states, with weights from the token to the end of the
+// chunk, times beta; backwards they are the adjoints, with weights from the beginning of the chunk to the token.
+template <typename T>
+void scan_states(const ProblemSize& p, const Layout& layout, const Heads<T>& g, const Heads<T>& beta,
+                 const Heads<T>& a, const ScanPart<T> (&parts)[2], bool backwards, const View<T>& states) {
+    const auto& kernel = kernels<T>();
+    const int64_t heads_per_state = std::max<int64_t>(1, a.heads / p.HS);
+    at::parallel_for(0, p.N * p.HS * 2, 1, [&](int64_t begin, int64_t end) {
+        const auto rows = row_numbers(p.K);
+        Matrix<T> weighted(kChunk, p.K), values(kChunk, std::max(p.K, p.V)), last(p.K, padded<T>(p.V) + p.K);
+        Gates<T> gates;
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t n = task / (p.HS * 2), head = task / 2 % p.HS;
+            const ScanPart<T>& part = parts[task % 2];
+            const int64_t width = task % 2 ? p.K : p.V, column = task % 2 ? padded<T>(p.V) : 0;
+            const int64_t chunks = layout.first[n + 1] - layout.first[n];
+            const auto chunk_number = [&](int64_t i) {  // of the i-th chunk on the way
+                return backwards ? layout.first[n + 1] - 1 - i : layout.first[n] + i;
+            };
+            const auto slot = [&](int64_t i) {  // of the state that it starts from
+                const auto state = i == chunks ? last : states.rows_from((chunk_number(i) * p.HS + head) * p.K);
+                return state.columns_from(column);
+            };
+            const auto stored = [&](int64_t i, int64_t j) {  // where part.start and part.end have S[i,j]
+                return (n * p.HS + head) * p.K * width + (part.transposed ? j * width + i : i * width + j);
+            };
+
+            const View<T> initial = slot(0);
+            for (int64_t i = 0; i < p.K; ++i) {
+                std::fill_n(initial.row(i), padded<T>(width), T(0));
+                if (part.start)
+                    for (int64_t j = 0; j < width; ++j) initial.row(i)[j] = part.start[stored(i, j)];
+            }
+            for (int64_t i = 0; i < chunks; ++i) {
+                const Chunk chunk = layout.chunks[chunk_number(i)];
+                gates.load(g, beta, chunk, head);
+                for (int64_t h = 0; h < heads_per_state; ++h) {
+                    const int64_t a_head = a.of_state(p, head, h), value_head = part.values.of_state(p, head, h);
+                    for (int t = 0; t < chunk.count; ++t) {
+                        const T weight = backwards ? gates.in[t] : gates.out[t] * gates.beta[t];
+                        kernel.scale(p.K, weight, a.at(chunk.token + t, a_head), weighted.row(t));
+                        T* const value = values.row(t);
+                        kernel.scale(width, part.sign, part.values.at(chunk.token + t, value_head), value);
+                        std::fill(value + width, value + padded<T>(width), T(0));
+                    }
+                    const View<T> before = slot(i), after = slot(i + 1);
+                    Product<T> product{weighted.data, 1, weighted.ld, values.data, values.ld, after.data, after.ld,
+                                       padded<T>(width), chunk.count};
+                    product.add = h ? after.data : before.data;
+                    product.add_scale = h ? T(1) : gates.total;
+                    kernel.multiply(product, rows.data(), p.K);
+                }
+            }
+            if (!part.end) continue;
+            const View<T> final_state = slot(chunks);
+            for (int64_t i = 0; i < p.K; ++i)
+                for (int64_t j = 0; j < width; ++j) part.end[stored(i, j)] = final_state.row(i)[j];
+        }
+    });
+}
+
+}  // namespace mesa::cpu

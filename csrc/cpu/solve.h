@@ -1,0 +1,223 @@
+// One chunk: the operator A, the solve, the correction of ill-conditioned rows in float64, and the read-out.
+#pragma once
+
+#include <limits>
+
+#include "chunks.h"
+
+namespace mesa::cpu {
+
+// out = e^{gc} (A S) + ((A keys') o M) values for the given rows, A `width` and the values `n` wide. This is the
+// operator of the conjugate gradient (keys, S, values = k, H, k), the read-out (k, G, v) and dx (v, G', k).
+// Without a block (a decode step) it is A S.
+template <typename T>
+void attend(const Block<T>* block, View<T> a, int64_t width, View<T> keys_t, View<T> state, View<T> values, int64_t n,
+            View<T> out, View<T> scores, const int* rows, int count) {
+    const auto& kernel = kernels<T>();
+    Product<T> from_state{a.data, a.ld, 1, state.data, state.ld, out.data, out.ld, padded<T>(n), width};
+    if (block) {
+        Product<T> to_scores{a.data, a.ld, 1, keys_t.data, keys_t.ld, scores.data, scores.ld, kChunk, width};
+        to_scores.part = Part::c_lower;
+        to_scores.mask = block->mask.data;
+        kernel.multiply(to_scores, rows, count);
+        Product<T> from_chunk{scores.data, scores.ld, 1, values.data, values.ld, out.data, out.ld, padded<T>(n),
+                              block->count};
+        from_chunk.part = Part::a_lower;
+        kernel.multiply(from_chunk, rows, count);
+        from_state.row_scale = block->gates.in;
+        from_state.add = out.data;
+    }
+    kernel.multiply(from_state, rows, count);
+}
+
+struct Stop {
+    int max_iterations;
+    double tol;
+};
+
+// Lambda and its inverse for every head, padded.
+template <typename T>
+struct Regulariser {
+    Matrix<T> lamb, inverse;
+
+    explicit Regulariser(const Tensor& tensor)
+        : lamb(tensor.size(0), tensor.size(1)), inverse(tensor.size(0), tensor.size(1)) {
+        const T* const from = tensor.const_data_ptr<T>();
+        for (int64_t h = 0; h < tensor.size(0); ++h)
+            for (int64_t j = 0; j < tensor.size(1); ++j) {
+                lamb.row(h)[j] = from[h * tensor.size(1) + j];
+                inverse.row(h)[j] = T(1) / lamb.row(h)[j];
+            }
+    }
+};
+
+// The preconditioned conjugate gradient for up to `capacity` right-hand sides, each with its own steps (see cg.h).
+template <typename T>
+struct Solver {
+    int64_t K;
+    Matrix<T> b;  // in: right-hand sides; overwritten
+    Matrix<T> x;  // out: solutions
+    Matrix<T> p, ap, scores;
+    std::vector<CgRow<T>> rows;
+    std::vector<T> curvature;  // largest 1 / step length: close to the largest eigenvalue of (H_i + Lambda) / Lambda
+    std::vector<int> active;
+
+    Solver(int64_t capacity, int64_t width)
+        : K(width), b(capacity, K), x(capacity, K), p(capacity, K), ap(capacity, K), scores(kChunk, kChunk),
+          rows(capacity), curvature(capacity) {}
+
+    // (H_i + Lambda) x_i = b_i for i < count, with H_i = e^{gc_i} H + the tokens of the block up to i.
+    void run(const Block<T>* block, View<T> H, const T* lamb, const T* inverse_lamb, int count, Stop stop) {
+        const auto& kernel = kernels<T>();
+        const int64_t n = padded<T>(K);
+        active.clear();
+        std::vector<int> exponents(count);
+        for (int i = 0; i < count; ++i) {
+            std::fill(b.row(i) + K, b.row(i) + n, T(0));  // NaN from a right-hand side before this one
+            exponents[i] = scaling_exponent(kernel.largest(n, b.row(i)));
+            const T scale = std::ldexp(T(1), -exponents[i]);
+            rows[i] = CgRow<T>(kernel.cg_start(n, scale, inverse_lamb, p.row(i), x.row(i), b.row(i)));
+            curvature[i] = 0;
+            if (rows[i].active) active.push_back(i);
+        }
+        const T tol2 = static_cast<T>(stop.tol * stop.tol);
+        const View<T> k = block ? block->k() : View<T>{}, kt = block ? block->kt() : View<T>{};
+        for (int step = 0; step < stop.max_iterations && !active.empty(); ++step) {
+            attend<T>(block, p, K, kt, H, k, K, ap, scores, active.data(), active.size());
+            for (const int i : active) {
+                kernel.cg_step(n, lamb, inverse_lamb, p.row(i), ap.row(i), x.row(i), b.row(i), rows[i], tol2);
+                curvature[i] = std::max(curvature[i], T(1) / rows[i].step);
+            }
+            active.erase(std::remove_if(active.begin(), active.end(), [&](int i) { return !rows[i].active; }),
+                         active.end());
+        }
+        for (int i = 0; i < count; ++i) kernel.scale(n, std::ldexp(T(1), exponents[i]), x.row(i), x.row(i));
+    }
+
+    // Of the power of two that brings the largest element to [1, 2); inside what T can hold in both directions.
+    static int scaling_exponent(T largest) {
+        constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
+        if (largest == 0 || !std::isfinite(largest)) return 0;
+        return std::clamp(std::ilogb(largest), -kLimit, kLimit);
+    }
+};
+
+// The rows of badly conditioned systems, in float64 where float32 is not enough. With values that are linear in the
+// keys the read-out o = G'x cancels by up to the condition number of the system, and w = (H + Lambda)^{-1} G do
+// magnifies the error of G do. Such rows therefore get their right-hand side in float64 and a correction of the
+// solution, solved in float32 from the residual in float64, and are read out before it is rounded. Whether a row needs
+// it shows in the row's own steps, so that it depends on no other; well-conditioned rows pay nothing.
+template <typename T>
+struct HardRows {
+    static constexpr double kHard = 256;        // condition number, by the solver's estimate
+    static constexpr double kCorrection = 1e-2;  // tolerance for the correction, which is small beside the solution
+
+    // A chunk, the states before it and what its rows need: right-hand sides b, solutions x, and in y either o or do.
+    struct Wide {
+        Block<double> block;
+        Matrix<double> G, gt, H, b, x, ax, y, scores;
+
+        Wide(int64_t capacity, int64_t K, int64_t V)
+            : block(K, V), G(K, V), gt(V, K), H(K, K), b(capacity, K), x(capacity, K), ax(capacity, K), y(capacity, V),
+              scores(kChunk, kChunk) {}
+    };
+
+    int64_t K, V;
+    std::vector<int> rows;
+
+    HardRows(int64_t K, int64_t V) : K(K), V(V) {}
+
+    // Of the first `count` rows that the solver has just solved.
+    bool find(const Solver<T>& solver, int count, Stop stop) {
+        rows.clear();
+        if constexpr (std::is_same_v<T, float>)
+            for (int i = 0; i < count; ++i)
+                if (solver.curvature[i] > kHard && solver.rows[i].bound_squared() <= stop.tol * stop.tol)
+                    rows.push_back(i);
+        return !rows.empty();
+    }
+
+    // Sets the chunk (none for a decode step, whose G and H hold the token) and the states before it.
+    Wide& widen(const Block<T>* block, View<T> G, View<T> H, int64_t capacity) {
+        if (!wide) wide = std::make_unique<Wide>(capacity, K, V);
+        if (block) wide->block.widen(*block, K, V);
+        convert<T, double>(G, K, V, wide->G);
+        convert<T, double>(H, K, K, wide->H);
+        return *wide;
+    }
+
+    // Corrects solver.x of the first `count` rows where they are hard, given their right-hand sides in b.
+    void correct(const Block<T>* block, View<T> H, const T* lamb, const T* inverse_lamb, int count, Stop stop,
+                 Solver<T>& solver) {
+        Wide& w = *wide;
+        const std::vector<CgRow<T>> first_rows = solver.rows;
+        convert<T, double>(solver.x, count, K, w.x);
+        attend<double>(block ? &w.block : nullptr, w.x, K, w.block.kt(), w.H, w.block.k(), K, w.ax, w.scores,
+                       rows.data(), rows.size());
+        for (int i = 0; i < count; ++i) std::fill_n(solver.b.row(i), K, T(0));  // nothing to solve for the others
+        for (const int i : rows)
+            for (int64_t j = 0; j < K; ++j)
+                solver.b.row(i)[j] = static_cast<T>(w.b.row(i)[j] - w.ax.row(i)[j] - lamb[j] * w.x.row(i)[j]);
+        solver.run(block, H, lamb, inverse_lamb, count, {stop.max_iterations, kCorrection});
+        for (const int i : rows)
+            for (int64_t j = 0; j < K; ++j) w.x.row(i)[j] += solver.x.row(i)[j];
+        convert<double, T>(w.x, count, K, solver.x);
+        solver.rows = first_rows;
+    }
+
+    // The same for the backward pass, where b = G do.
+    void correct_adjoint(const Block<T>& block, View<T> G, View<T> H, const T* lamb, const T* inverse_lamb,
+                         View<T> grad_o, int count, Stop stop, Solver<T>& solver) {
+        Wide& w = widen(&block, G, H, kChunk);
+        transpose<double>(w.G, K, V, w.gt);
+        convert<T, double>(grad_o, count, V, w.y);
+        attend<double>(&w.block, w.y, V, w.block.vt(), w.gt, w.block.k(), K, w.b, w.scores, rows.data(), rows.size());
+        correct(&block, H, lamb, inverse_lamb, count, stop, solver);
+    }
+
+    // to(i) = x' [G | H] y for the hard rows among the first `count`, once they are corrected.
+    template <typename To>
+    void products(View<T> x, View<T> y, int count, const To& to) {
+        Wide& w = *wide;
+        convert<T, double>(x, count, K, w.x);
+        attend<double>(nullptr, w.x, K, {}, w.G, {}, V, w.y, w.scores, rows.data(), rows.size());
+        attend<double>(nullptr, w.x, K, {}, w.H, {}, K, w.ax, w.scores, rows.data(), rows.size());
+        for (const int i : rows) {
+            const double from_G = std::inner_product(w.y.row(i), w.y.row(i) + V, y.row(i), 0.0);
+            *to(i) = std::inner_product(w.ax.row(i), w.ax.row(i) + K, y.row(i) + padded<T>(V), from_G);
+        }
+    }
+
+   private:
+    std::unique_ptr<Wide> wide;
+};
+
+// The read-out o = G'x.
+template <typename T>
+struct ReadOut {
+    int64_t K, V;
+    Matrix<T> o;
+    std::vector<int> all;
+    HardRows<T> hard;
+
+    ReadOut(int64_t capacity, int64_t K, int64_t V)
+        : K(K), V(V), o(capacity, V), all(row_numbers(capacity)), hard(K, V) {}
+
+    // Of the first `count` rows that the solver has just solved for right-hand sides q(i); corrects solver.x as well.
+    // Without a block (a decode step) G and H hold the token.
+    template <typename Q>
+    void run(const Block<T>* block, View<T> G, View<T> H, const T* lamb, const T* inverse_lamb, Stop stop, int count,
+             const Q& q, Solver<T>& solver) {
+        attend<T>(block, solver.x, K, block ? block->kt() : View<T>{}, G, block ? block->v() : View<T>{}, V, o,
+                  solver.scores, all.data(), count);
+        if (!hard.find(solver, count, stop)) return;
+        auto& wide = hard.widen(block, G, H, all.size());
+        for (const int i : hard.rows) std::copy_n(q(i), K, wide.b.row(i));
+        hard.correct(block, H, lamb, inverse_lamb, count, stop, solver);
+        attend<double>(block ? &wide.block : nullptr, wide.x, K, wide.block.kt(), wide.G, wide.block.v(), V, wide.y,
+                       wide.scores, hard.rows.data(), hard.rows.size());
+        for (const int i : hard.rows) std::copy_n(wide.y.row(i), V, o.row(i));
+    }
+};
+
+}  // namespace mesa::cpu
