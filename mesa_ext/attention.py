@@ -44,13 +44,6 @@ def _as_computed(q: Tensor, *gates: Tensor) -> list[Tensor]:
     return [a if a.dtype == dtype else a.to(dtype) for a in gates]
 
 
-def _any_requires_grad(*tensors: Tensor) -> bool:
-    for tensor in tensors:  # twice as quick as any() of a generator
-        if tensor.requires_grad:
-            return True
-    return False
-
-
 def _state_pair(function: str, name: str, state: MesaState) -> tuple[Tensor, Tensor]:
     if not (isinstance(state, (tuple, list)) and len(state) == 2 and all(isinstance(h, Tensor) for h in state)):
         raise TypeError(
@@ -232,7 +225,7 @@ def mesa_decode_step(
     """
     _check_tensors("mesa_decode_step", q, k, v, g, beta, lamb)
     h_kk, h_kv = _state_pair("mesa_decode_step", "state", state)
-    if torch.is_grad_enabled() and _any_requires_grad(q, k, v, g, beta, lamb, h_kk, h_kv):
+    if torch.is_grad_enabled() and any(a.requires_grad for a in (q, k, v, g, beta, lamb, h_kk, h_kv)):
         raise RuntimeError(
             "mesa_decode_step: computes no gradients, but an argument requires one: "
             "call it under torch.no_grad(), or use mesa_attention"

@@ -42,6 +42,15 @@ def test_against_the_reference(device, data):
     assert_accurate(inputs, {"o": o.unsqueeze(1), **state._asdict()})
 
 
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_regime_at_the_default_tolerance(device, regime):
+    for dtype in dtypes(device):
+        inputs = draw(regime, device, dtype, B=8, T=1, context=4096)
+        state = copy(inputs.initial_state)
+        o = step(inputs, state)
+        assert_accurate(inputs, {"o": o.unsqueeze(1), **state._asdict()})
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("rows", [[5, 0, 3, 1], [2, -1, 6, -1], [-1, -1, -1, -1]], ids=str)
 def test_rows_of_a_pool(device, rows, index_dtype):

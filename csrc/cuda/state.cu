@@ -16,8 +16,8 @@ enum class Pass { sums, states };
 
 template <int KTiles, int KeyTerms>
 struct Shared {
-    static constexpr int kBuffers =
-        KeyTerms == 1 ? 2 : 1;  // of what the products of the last chunk may still be reading
+    // Two of what the products of the last chunk may still be reading; with two terms there is no room.
+    static constexpr int kBuffers = KeyTerms == 1 ? 2 : 1;
     __half keys[kBuffers][KTiles * KeyTerms * kPanel];
     __half values[2 * kPanel];
     __half staging[KTiles * 2 * kPanel];
