@@ -79,12 +79,11 @@ void check_device_fits(const ProblemSize& p) {
                 device.name, " has ", device.sharedMemPerBlockOptin >> 10, " KB; got widths ", p.K, " and ", p.V);
 }
 
-// Whether to use the kernels for compute capability 9.0. They have so far run only in the emulator of csrc/tests and
-// never on a card, so that they have to be asked for: MESA_EXT_KERNELS=hopper (or portable). Where there are none, for
-// this device or in this binary, the portable ones serve.
+// Whether to use the kernels for compute capability 9.0: where the device and this binary have them, unless
+// MESA_EXT_KERNELS=portable asks for the others.
 bool use_hopper_kernels() {
     const char* const asked = std::getenv("MESA_EXT_KERNELS");
-    const std::string kernels = asked && *asked ? asked : "portable";
+    const std::string kernels = asked && *asked ? asked : "hopper";
     TORCH_CHECK(kernels == "portable" || kernels == "hopper", "MESA_EXT_KERNELS must be 'portable' or 'hopper', got '",
                 kernels, "'");
     const bool built = std::strstr(MESA_CUDA_ARCHS, "90a") != nullptr;

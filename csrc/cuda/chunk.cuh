@@ -188,17 +188,30 @@ __device__ __forceinline__ uint32_t pack(DType dtype, float a, float b) {
     return dtype == DType::f16 ? pack(a, b) : reinterpret_cast<const uint32_t&>(brain);
 }
 
+// Four numbers of each of the four lanes that share a row, transposed: v[n] of lane q goes to v[q] of lane n.
+__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4], int lane) {
+#pragma unroll
+    for (int d = 1; d < 4; d *= 2)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            uint32_t& low = v[d == 1 ? i * 2 : i];
+            uint32_t& high = v[d == 1 ? i * 2 + 1 : i + 2];
+            const uint32_t other = __shfl_xor_sync(0xffffffffu, lane & d ? low : high, d);
+            if (lane & d) low = other;
+            else high = other;
+        }
+}
+
 // A warp's 16 rows from first_row on, columns col0 .. col0 + 63.
 __device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int head, int first_row, int col0,
                                             const Acc& acc, int lane) {
-    const int columns = padded_width(m) - col0 - acc_col(lane, 0);  // from this lane's first one on
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int t = first_row + acc_row(lane, half);
-        if (t >= c.length) continue;
-        const int64_t at = row_offset(m, c, t, head) + col0 + acc_col(lane, 0);
+        const int64_t at = row_offset(m, c, t, head) + col0;
+        const int columns = t < c.length ? padded_width(m) - col0 : 0;
         if (m.dtype == DType::f32) {
-            float* const to = static_cast<float*>(m.data) + at;
+            float* const to = static_cast<float*>(m.data) + at + acc_col(lane, 0);
 #pragma unroll
             for (int n = 0; n < 8; ++n)
                 if (n * 8 < columns)
@@ -206,9 +219,15 @@ __device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int h
         } else {
             uint16_t* const to = static_cast<uint16_t*>(m.data) + at;
 #pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                const uint32_t pair = pack(m.dtype, acc.c[n][half * 2], acc.c[n][half * 2 + 1]);
-                if (n * 8 < columns) *reinterpret_cast<uint32_t*>(to + n * 8) = pair;
+            for (int n = 0; n < 8; n += 4) {
+                uint32_t pairs[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    pairs[i] = pack(m.dtype, acc.c[n + i][half * 2], acc.c[n + i][half * 2 + 1]);
+                quad_transpose(pairs, lane);
+                const int col = (n + lane % 4) * 8;
+                if (col < columns)
+                    *reinterpret_cast<uint4*>(to + col) = {pairs[0], pairs[1], pairs[2], pairs[3]};
             }
         }
     }
@@ -246,9 +265,61 @@ __device__ __forceinline__ void store_panel8(__half* panel, int row, int col, co
     if constexpr (Terms == 2) *reinterpret_cast<uint4*>(panel + kPanel + at) = {lo[0], lo[1], lo[2], lo[3]};
 }
 
-// A thread's part of one row of a chunk, columns col0 .. col0 + 64 Panels - 1: eight neighbouring threads share a row.
+// Rows come into panels in two moves, so that all that a block needs can be on its way at once: fetch_rows sends them by
+// cp.async to the very places of the panels that their elements will have, convert_rows makes fp16 of them there. Eight
+// neighbouring threads share a row, and a thread converts eight columns of every panel: part_column() and the next.
 __device__ __forceinline__ int part_column() { return threadIdx.x % 8 * 8; }
 
+// Columns col0 .. col0 + 64 Panels - 1 of the 64 rows of a chunk; zeros past the end and the width. float32 fills both
+// terms of its elements.
+template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads>
+__device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const Chunk& c, int head, int col0) {
+    static_assert(Terms == 2 || !Float32);
+    constexpr int kSize = Float32 ? 4 : 2, kElements = 16 / kSize, kRowsAtOnce = Threads / 8;
+    const int first = threadIdx.x / 8, part = threadIdx.x % 8;
+    const char* row = static_cast<const char*>(m.data) + (row_offset(m, c, first, head) + col0) * kSize;
+    const int64_t step = m.token_stride * (kRowsAtOnce * kSize);
+#pragma unroll
+    for (int t = first; t < kChunk; t += kRowsAtOnce, row += step)
+#pragma unroll
+        for (int piece = 0; piece < Panels * (kChunk / kElements / 8); ++piece) {
+            const int col = (piece * 8 + part) * kElements;
+            const bool inside = t < c.length && col0 + col < m.width;
+            const int term = Float32 ? part % 2 : 0;
+            ptx::cp_async16_or_zero(panels + (col / kChunk * Terms + term) * kPanel + panel_offset(t, col % kChunk & ~7),
+                                    inside ? row + col * kSize : m.data, inside);
+        }
+}
+
+// Once this thread's cp.async are complete: rows scaled by powers of two so that a row's largest element lies in
+// [2^target, 2^(target + 1)); row_scale undoes it. Two terms are for what is not exact in one.
+template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads>
+__device__ __forceinline__ void convert_rows(__half* panels, float* row_scale, DType dtype, int target) {
+    if constexpr (Float32) __syncwarp();  // other threads of the row have fetched parts of this thread's
+#pragma unroll 2
+    for (int t = threadIdx.x / 8; t < kChunk; t += Threads / 8) {
+        float v[Panels][8];
+        float amax = 0.f;
+#pragma unroll
+        for (int i = 0; i < Panels; ++i) {
+            Raw8<Float32> raw;
+#pragma unroll
+            for (int w = 0; w < (Float32 ? 2 : 1); ++w)
+                raw.words[w] = *reinterpret_cast<const uint4*>(panels + (i * Terms + w) * kPanel +
+                                                               panel_offset(t, part_column()));
+            convert8<Float32>(v[i], raw, dtype);
+            amax = fmaxf(amax, max_abs(v[i]));
+        }
+#pragma unroll
+        for (int d = 1; d < 8; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
+        const Pow2Scale s = scale_to(amax, target);
+#pragma unroll
+        for (int i = 0; i < Panels; ++i) store_panel8<Terms>(panels + i * Terms * kPanel, t, part_column(), v[i], s.up);
+        if (threadIdx.x % 8 == 0) row_scale[t] = s.down;
+    }
+}
+
+// TO GO
 template <int Panels, bool Float32>
 struct RowPart {
     Raw8<Float32> pieces[Panels];
@@ -292,19 +363,42 @@ __device__ __forceinline__ void load_rows(__half* panels, float* row_scale, cons
     }
 }
 
+// END TO GO
+
 // The 64 rows of a chunk as float32 [64][64 Panels] (zero past the end and the width), pieces exchanged as in panels.
 template <int Panels>
 __device__ __forceinline__ int staged_offset(int row, int col) {
     return row * (Panels * kChunk) + (col ^ ((row & 7) << 3));
 }
 
+// In two moves, too. 16-bit rows come to the first half of each eight elements' place.
 template <int Panels>
-__device__ __forceinline__ void stage_rows(float* to, const Rows& m, const Chunk& c, int head) {
+__device__ __forceinline__ void fetch_staged_rows(float* to, const Rows& m, const Chunk& c, int head) {
+    const auto fetch = [&](int i, int pieces, int elements, int size) {
+        const int t = i / pieces, col = i % pieces * elements;
+        const bool inside = t < c.length && col < m.width;
+        const char* from = static_cast<const char*>(m.data);
+        if (inside) from += (row_offset(m, c, t, head) + col) * size;
+        ptx::cp_async16_or_zero(to + staged_offset<Panels>(t, col), from, inside);
+    };
+    if (m.dtype == DType::f32) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < kChunk * Panels * 16; i += kThreads) fetch(i, Panels * 16, 4, 4);
+    } else {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < kChunk * Panels * 8; i += kThreads) fetch(i, Panels * 8, 8, 2);
+    }
+}
+
+template <int Panels>
+__device__ __forceinline__ void convert_staged_rows(float* staged, DType dtype) {
+    if (dtype == DType::f32) return;
+#pragma unroll 4
     for (int i = threadIdx.x; i < kChunk * Panels * 8; i += kThreads) {
-        const int t = i / (Panels * 8), col = i % (Panels * 8) * 8;
-        float v[8] = {};
-        if (t < c.length) load8(v, m, row_offset(m, c, t, head), col);
-        float4* at = reinterpret_cast<float4*>(to + staged_offset<Panels>(t, col));
+        float4* const at =
+            reinterpret_cast<float4*>(staged + staged_offset<Panels>(i / (Panels * 8), i % (Panels * 8) * 8));
+        float v[8];
+        convert8<false>(v, {*reinterpret_cast<const uint4*>(at)}, dtype);
         at[0] = {v[0], v[1], v[2], v[3]};
         at[1] = {v[4], v[5], v[6], v[7]};
     }

@@ -44,6 +44,12 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
 __device__ __forceinline__ void cp_async16(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
+// The same where `inside`, else 16 zero bytes; nothing is read from `global` then.
+__device__ __forceinline__ void cp_async16_or_zero(void* shared, const void* global, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(inside ? 16 : 0)
+                 : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until all but the thread's last N groups are complete.
 template <int N>
@@ -99,28 +105,51 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[8][4]) {
         for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[n][e])::"memory");
 }
 
-// d[64 x 64] += A[64 x 16] B[16 x 64], by a warpgroup: of each warp's 16 rows, d and A are as with mma.m16n8k16. A and
-// B in shared memory are given by descriptors: with Trans = false stored [row of A or column of B][k], with Trans =
-// true [k][row of A or column of B].
-#define MESA_D4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define MESA_D32 \
-    MESA_D4(0), MESA_D4(1), MESA_D4(2), MESA_D4(3), MESA_D4(4), MESA_D4(5), MESA_D4(6), MESA_D4(7)
-#define MESA_WGMMA(operands) \
-    "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" \
-    "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " operands ";\n}"
+// d[64 x 64] += A[64 x 16] B[16 x 64] (= without Add), by a warpgroup: of each warp's 16 rows, d and A are as with
+// mma.m16n8k16. A and B in shared memory are given by the lower halves of
+// their descriptors: with Trans = false stored [row of A or column of B][k],
+// with Trans = true [k][row of A or column of B]. n128 has 64 columns more, on the right.
+#define MESA_D4(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define MESA_D32(d)                                                                                 \
+    MESA_D4(d, 0), MESA_D4(d, 1), MESA_D4(d, 2), MESA_D4(d, 3), MESA_D4(d, 4), MESA_D4(d, 5), MESA_D4(d, 6), \
+        MESA_D4(d, 7)
+#define MESA_WGMMA(columns, registers, add, matrices, operands)                                       \
+    "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.s32 add, " add ", 0;\n" matrices                     \
+    "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.f16.f16 {" registers "}, " operands ";\n}"
+// The upper half of every descriptor: 128-byte swizzle, 1024 bytes from 8 rows to the next 8.
+#define MESA_MATRIX(name, low) "mov.b64 " name ", {" low ", 0x40000040};\n"
+#define MESA_R32                                                                                            \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MESA_R64                                                                                                   \
+    MESA_R32                                                                                                       \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+    "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-template <bool TransB>
-__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
-    MESA_SM90_ASM(MESA_WGMMA("{%32, %33, %34, %35}, %36, add, 1, 1, %37")
-                  : MESA_D32 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(TransB)));
+template <bool TransB, bool Add>
+__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint32_t b) {
+    MESA_SM90_ASM(MESA_WGMMA("64", MESA_R32, "%38", MESA_MATRIX("b", "%36"), "{%32, %33, %34, %35}, b, add, 1, 1, %37")
+                  : MESA_D32(d)
+                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(int(TransB)), "n"(int(Add)));
 }
-template <bool TransA, bool TransB>
-__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], uint64_t a, uint64_t b) {
-    MESA_SM90_ASM(MESA_WGMMA("%32, %33, add, 1, 1, %34, %35")
-                  : MESA_D32 : "l"(a), "l"(b), "n"(int(TransA)), "n"(int(TransB)));
+template <bool TransA, bool TransB, bool Add>
+__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], uint32_t a, uint32_t b) {
+    MESA_SM90_ASM(MESA_WGMMA("64", MESA_R32, "%36", MESA_MATRIX("a", "%32") MESA_MATRIX("b", "%33"),
+                             "a, b, add, 1, 1, %34, %35")
+                  : MESA_D32(d)
+                  : "r"(a), "r"(b), "n"(int(TransA)), "n"(int(TransB)), "n"(int(Add)));
 }
+template <bool TransB, bool Add>
+__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[8][4], float (&right)[8][4], const uint32_t (&a)[4],
+                                                 uint32_t b) {
+    MESA_SM90_ASM(MESA_WGMMA("128", MESA_R64, "%70", MESA_MATRIX("b", "%68"),
+                             "{%64, %65, %66, %67}, b, add, 1, 1, %69")
+                  : MESA_D32(d), MESA_D32(right)
+                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(int(TransB)), "n"(int(Add)));
+}
+#undef MESA_R64
+#undef MESA_MATRIX
+#undef MESA_R32
 #undef MESA_WGMMA
 #undef MESA_D32
 #undef MESA_D4
@@ -139,17 +168,15 @@ __device__ __forceinline__ T opaque(T x) {
     return x;
 }
 
-// A matrix in shared memory with the 128-byte swizzle, in panels of 64 columns that lie at multiples of 1024 bytes.
-//   Stored [row or column][k] ("K-major"): stride_bytes is from 8 rows to the next 8, 1024 in panels. The next 16 k are
-//   32 bytes on.
-//   Stored [k][row or column] ("MN-major"): stride_bytes is from 8 k to the next 8, 1024 in panels. The next 16 k are
-//   2048 bytes on.
-// The other offset would lead to a second panel of rows or columns and is not used: 64 of them are one panel. Both
-// fields hold the stride, so that it does not matter which of them is which in either orientation.
-__device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_t stride_bytes) {
-    constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
-    const uint64_t stride = stride_bytes >> 4 & 0x3fff;
-    return kSwizzle128 | stride << 32 | stride << 16 | uint64_t(opaque(shared_address(shared)) >> 4 & 0x3fff);
+// The lower half of the descriptor of a matrix in shared memory with the 128-byte swizzle, in panels of 64 columns that
+// lie at multiples of 1024 bytes.
+//   Stored [row or column][k] ("K-major"): 1024 bytes from 8 rows to the next 8 (the "stride"). The next 16 k are 32 bytes
+//   on.
+//   Stored [k][row or column] ("MN-major"): 1024 bytes from 8 k to the next 8. The next 16 k are 2048 bytes on, the next 64
+//   rows or columns (the "leading" offset) `panel_bytes`.
+// In units of 16 bytes, so that n bytes on is n / 16 more; shared memory ends long before the address field does.
+__device__ __forceinline__ uint32_t wgmma_descriptor(const void* shared, uint32_t panel_bytes) {
+    return opaque(shared_address(shared)) >> 4 | panel_bytes >> 4 << 16;
 }
 
 }  // namespace mesa::ptx

@@ -12,9 +12,14 @@ namespace {
 template <int DTiles, int QueryTerms, int Terms>
 struct Shared {
     __half queries[DTiles * QueryTerms * kPanel];
-    __half keys[DTiles * Terms * kPanel];
-    __half values[kMaxWidth / kChunk * Terms * kPanel];
-    __half state[DTiles * 2 * kPanel];
+    union {
+        struct {
+            __half keys[DTiles * Terms * kPanel];
+            __half values[kMaxWidth / kChunk * Terms * kPanel];
+        };
+        __half second_state[DTiles * 2 * kPanel];  // of the second tile, once the tokens' part is done
+    };
+    __half state[DTiles * 2 * kPanel];  // of the first tile of the output
     ChunkGates gates;
     float query_scale[kChunk], key_scale[kChunk], value_scale[kChunk];
 };
@@ -31,27 +36,31 @@ __global__ void __launch_bounds__(kThreads, DTiles == 1 && Terms == 1 ? 3 : 2)
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
 
-    // Loads: a tile of the state comes while the tokens' part is worked on.
+    // Loads: everything is asked for at once; the state comes while the tokens' part is worked on.
     const int out_tiles = (a.values.width + kChunk - 1) / kChunk;
     const int k_tiles = Transposed ? out_tiles : DTiles, v_tiles = Transposed ? DTiles : out_tiles;
     const int64_t place = state_tile(a.states, slot, head, v_tiles + k_tiles, 0);
-    const auto fetch_state = [&](int tile) {
+    const auto fetch_state = [&](__half* to, int tile) {
         if constexpr (Transposed)
             for (int i = 0; i < DTiles; ++i)
-                copy_panels_async<2>(sm.state + i * 2 * kPanel,
+                copy_panels_async<2>(to + i * 2 * kPanel,
                                      a.states.panels + ((place + i) * k_tiles + tile) * 2 * kPanel);
         else
-            copy_panels_async<DTiles * 2>(sm.state, a.states.panels + (place + tile) * DTiles * 2 * kPanel);
+            copy_panels_async<DTiles * 2>(to, a.states.panels + (place + tile) * DTiles * 2 * kPanel);
         ptx::cp_async_commit();
     };
-    fetch_state(0);
-    prefetch_rows<kThreads>(a.keys, chunk, head, 0, a.keys.width);
-    prefetch_rows<kThreads>(a.values, chunk, head, 0, a.values.width);
+    fetch_rows<DTiles, QueryTerms>(sm.queries, a.queries, chunk, head, 0);
+    fetch_rows<DTiles, Terms>(sm.keys, a.keys, chunk, head, 0);
+    if (out_tiles == 1) fetch_rows<1, Terms>(sm.values, a.values, chunk, head, 0);
+    else fetch_rows<2, Terms>(sm.values, a.values, chunk, head, 0);
+    ptx::cp_async_commit();
+    fetch_state(sm.state, 0);
     load_gates(sm.gates, a.gates, a.problem, chunk, head);
-    load_rows<DTiles, QueryTerms>(sm.queries, sm.query_scale, a.queries, chunk, head, 0, 4);
-    load_rows<DTiles, Terms>(sm.keys, sm.key_scale, a.keys, chunk, head, 0, 0);
-    if (out_tiles == 1) load_rows<1, Terms>(sm.values, sm.value_scale, a.values, chunk, head, 0, 0);
-    else load_rows<2, Terms>(sm.values, sm.value_scale, a.values, chunk, head, 0, 0);
+    ptx::cp_async_wait<1>();
+    convert_rows<DTiles, QueryTerms>(sm.queries, sm.query_scale, a.queries.dtype, 4);
+    convert_rows<DTiles, Terms>(sm.keys, sm.key_scale, a.keys.dtype, 0);
+    if (out_tiles == 1) convert_rows<1, Terms>(sm.values, sm.value_scale, a.values.dtype, 0);
+    else convert_rows<2, Terms>(sm.values, sm.value_scale, a.values.dtype, 0);
     publish_shared<isa>();
     __syncthreads();
 
@@ -61,14 +70,12 @@ __global__ void __launch_bounds__(kThreads, DTiles == 1 && Terms == 1 ? 3 : 2)
     Operand<2> weights;
     {
         Acc scores;
-        zero(scores);
-#pragma unroll
-        for (int i = 0; i < DTiles; ++i) {
-            products_begin<isa>(scores);
-            mma_panels<isa, false, true, QueryTerms, Terms>(scores, sm.queries + i * QueryTerms * kPanel, first_row,
-                                                            sm.keys + i * Terms * kPanel, lane);
-            products_end<isa>(scores);
-        }
+        products_begin<isa>(scores);
+        mma_panels<isa, false, true, QueryTerms, Terms, false>(scores, sm.queries, first_row, sm.keys, lane);
+        if constexpr (DTiles == 2)
+            mma_panels<isa, false, true, QueryTerms, Terms>(scores, sm.queries + QueryTerms * kPanel, first_row,
+                                                            sm.keys + Terms * kPanel, lane);
+        products_end<isa>(scores);
         const int i[2] = {first_row + acc_row(lane, 0), first_row + acc_row(lane, 1)};
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -89,39 +96,47 @@ __global__ void __launch_bounds__(kThreads, DTiles == 1 && Terms == 1 ? 3 : 2)
         acc_operand(weights, scores);
     }
 
-    for (int tile = 0; tile < out_tiles; ++tile) {
-        Acc out;
-        zero(out);
-        products_begin<isa>(out);
-        mma_AB<isa, Terms>(out, weights, sm.values + tile * Terms * kPanel, lane);
-        products_end<isa>(out);
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) out.c[n][e] *= score_scale[e / 2];
-        ptx::cp_async_wait<0>();
+    // The tokens' part of both tiles of the output, then the state's.
+    Acc out[2];
+    products_begin<isa>(out[0], out[1]);
+    if (out_tiles == 1) mma_AB<isa, Terms, false>(out[0], weights, sm.values, lane);
+    else mma_AB<isa, Terms, false>(out, weights, sm.values, Terms * kPanel, lane);
+    products_end<isa>(out[0], out[1]);
+    if (out_tiles == 2) {
+        __syncthreads();  // keys and values have been used
+        fetch_state(sm.second_state, 1);
+    }
+    const auto add_state = [&](Acc& to, const __half* state, int tile) {
         publish_shared<isa>();
         __syncthreads();
+        Acc part[Transposed ? DTiles : 1];  // the state's tiles along V have scales of their own
+        products_begin<isa>(part[0], part[(Transposed ? DTiles : 1) - 1]);
+        mma_panels<isa, false, Transposed, QueryTerms, 2, false>(part[0], sm.queries, first_row, state, lane);
+        if constexpr (DTiles == 2)
+            mma_panels<isa, false, Transposed, QueryTerms, 2, !Transposed>(
+                part[Transposed], sm.queries + QueryTerms * kPanel, first_row, state + 2 * kPanel, lane);
+        products_end<isa>(part[0], part[(Transposed ? DTiles : 1) - 1]);
 #pragma unroll
-        for (int i = 0; i < DTiles; ++i) {
-            Acc part;
-            zero(part);
-            products_begin<isa>(part);
-            mma_panels<isa, false, Transposed, QueryTerms, 2>(part, sm.queries + i * QueryTerms * kPanel, first_row,
-                                                              sm.state + i * 2 * kPanel, lane);
-            products_end<isa>(part);
-            const float state_scale = a.states.scales[place + (Transposed ? i : tile)];
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int n = 0; n < 8; ++n)
 #pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    out.c[n][e] = fmaf(start_scale[e / 2] * state_scale, part.c[n][e], out.c[n][e]);
-        }
-        if (tile + 1 < out_tiles) {
-            __syncthreads();  // this tile's state has been used
-            fetch_state(tile + 1);
-        }
-        store_strip(a.out, chunk, head, first_row, tile * kChunk, out, lane);
+                for (int e = half * 2; e < half * 2 + 2; ++e) {
+                    float sum = to.c[n][e] * score_scale[half];
+#pragma unroll
+                    for (int i = 0; i < (Transposed ? DTiles : 1); ++i)
+                        sum = fmaf(start_scale[half] * a.states.scales[place + (Transposed ? i : tile)],
+                                   part[i].c[n][e], sum);
+                    to.c[n][e] = sum;
+                }
+        store_strip(a.out, chunk, head, first_row, tile * kChunk, to, lane);
+    };
+    if (out_tiles == 2) ptx::cp_async_wait<1>();
+    else ptx::cp_async_wait<0>();
+    add_state(out[0], sm.state, 0);
+    if (out_tiles == 2) {
+        ptx::cp_async_wait<0>();
+        add_state(out[1], sm.second_state, 1);
     }
 }
 

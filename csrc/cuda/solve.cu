@@ -22,8 +22,8 @@ struct Shared {
     __half keys[KTiles * KeyTerms * kPanel];  // row-scaled to a largest element in [1, 2)
     __half h[KTiles * KTiles * 2 * kPanel];   // [column tile][row tile][hi, lo]
     float4 x[KTiles * 8 * kThreads];          // each thread's own part, in accumulator layout
-    ChunkGates gates;
-    float rhs_scale[kChunk];  // row's true value = scale * stored
+    ChunkGates gates;  // once the weights are made, beta is that of token j's scores over 2^lo, and lo is from_start
+    float tile_weight[kChunk];  // the same beta, decayed to the last of the sixteen tokens that j belongs to
     // 112 KB + 1 KB at K = 128 in 16 bits: two blocks on a multiprocessor of 228 KB.
 };
 
@@ -52,6 +52,13 @@ __device__ __forceinline__ float2 direction_at(const Operand<1>& p, int n, int h
     return unpack(p.term[0].r[n / 2][n % 2 * 2 + half] ^ zero);
 }
 
+// A power of two in a float leaves its mantissa free, which takes the exponent of another one.
+__device__ __forceinline__ float pair_of_powers(float first, float second) {
+    return __uint_as_float(__float_as_uint(first) | __float_as_uint(second) >> 23);
+}
+__device__ __forceinline__ float first_power(float pair) { return __uint_as_float(__float_as_uint(pair) & 0x7f800000); }
+__device__ __forceinline__ float second_power(float pair) { return __uint_as_float(__float_as_uint(pair) << 23); }
+
 // Whether any row of those that go on together is active.
 template <Isa isa>
 __device__ __forceinline__ bool any_active(bool active) {
@@ -70,20 +77,24 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
 
-    // Loads: the panels of H come while everything below works. The right-hand side waits in x's place, the keys' row
-    // scales (they go into beta, the weight of score (i, j)) in the place of its scales.
+    // Loads: everything is asked for at once, the tokens first; H comes while they are worked on. The right-hand side
+    // waits in x's place, the keys' row scales (they go into beta, the weight of score (i, j)) in that of the weights.
     const int value_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = value_tiles + KTiles;
     const int64_t place = state_tile(a.states, slot, head, column_tiles, value_tiles);
-    copy_panels_async<KTiles * KTiles * 2>(sm.h, a.states.panels + place * KTiles * 2 * kPanel);
-    ptx::cp_async_commit();
     const float* const h_scale = a.states.scales + place;
     float* const right_hand_side = reinterpret_cast<float*>(sm.x);
-    prefetch_rows<kThreads>(a.keys, chunk, head, 0, a.problem.K);
+    fetch_staged_rows<KTiles>(right_hand_side, a.rhs, chunk, head);
+    fetch_rows<KTiles, KeyTerms>(sm.keys, a.keys, chunk, head, 0);
+    ptx::cp_async_commit();
+    copy_panels_async<KTiles * KTiles * 2>(sm.h, a.states.panels + place * KTiles * 2 * kPanel);
+    ptx::cp_async_commit();
     load_gates(sm.gates, a.gates, a.problem, chunk, head);
-    stage_rows<KTiles>(right_hand_side, a.rhs, chunk, head);
-    load_rows<KTiles, KeyTerms>(sm.keys, sm.rhs_scale, a.keys, chunk, head, 0, 0);
+    ptx::cp_async_wait<1>();
+    convert_rows<KTiles, KeyTerms>(sm.keys, sm.tile_weight, a.keys.dtype, 0);
+    convert_staged_rows<KTiles>(right_hand_side, a.rhs.dtype);
     __syncthreads();
-    if (threadIdx.x < kChunk) sm.gates.beta[threadIdx.x] *= sm.rhs_scale[threadIdx.x] * sm.rhs_scale[threadIdx.x];
+    const int token = threadIdx.x;  // of the first 64 threads
+    if (token < kChunk) sm.gates.beta[token] *= sm.tile_weight[token] * sm.tile_weight[token];
     __syncthreads();
 
     // Per row: a power of two `mu` >= the row's largest weight, which keeps the scores in fp16.
@@ -99,7 +110,13 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     const float mu = scale_to(fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)), -1).down;
     const float own_weight = pow2_inverse(mu) * ptx::exp2_approx(sm.gates.lo[own_row]);
     __syncthreads();
-    if (threadIdx.x < kChunk) sm.gates.beta[threadIdx.x] *= ptx::exp2_approx(-sm.gates.lo[threadIdx.x]);
+    if (token < kChunk) {
+        const float weight = sm.gates.beta[token] * ptx::exp2_approx(-sm.gates.lo[token]);
+        sm.gates.beta[token] = weight;
+        sm.tile_weight[token] = weight * ptx::exp2_approx(sm.gates.hi[token | 15] - sm.gates.hi[token]);
+        sm.gates.lo[token] = sm.gates.decay_from_start(token);
+    }
+    const float* const from_start = sm.gates.lo;
 
     const LambPair* const lamb = a.lamb + (head / a.states.group) * (KTiles * kChunk / 2);
     const float inverse_smallest_lamb = __frcp_rn(smallest_lamb(lamb, KTiles * kChunk / 2, lane));
@@ -109,6 +126,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     // r = rhs scaled by a power of two, x = 0, p = z = r / lamb.
     Acc r[KTiles];
     float rz[2] = {0.f, 0.f};
+    float rhs_scale[2];  // a row's true value = scale * stored
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int t = first_row + acc_row(lane, half);
@@ -123,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
                 amax = fmaxf(amax, fmaxf(fabsf(v.x), fabsf(v.y)));
             }
         const Pow2Scale s = scale_to(quad_max(amax), 0);
-        if (lane % 4 == 0) sm.rhs_scale[t] = s.down;
+        rhs_scale[half] = s.down;
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
@@ -137,6 +155,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
                 }
             }
     }
+    const float own_scales = pair_of_powers(mu, lane & 1 ? rhs_scale[1] : rhs_scale[0]);
     CgRow<float> row(own_sum(rz, lane));
     float direction = direction_scale(row.pp, inverse_smallest_lamb);  // stored p = direction * p
     ptx::cp_async_wait<0>();
@@ -159,54 +178,73 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
 
     const uint32_t zero_for_next = static_cast<uint32_t>(a.problem.V) >> 31;
     for (int step = 0; step < a.max_iterations && any_active<isa>(row.active); ++step) {
-        const float row_mu[2] = {of_row(mu, 0, lane), of_row(mu, 1, lane)};
-        const float row_weight[2] = {of_row(own_weight, 0, lane), of_row(own_weight, 1, lane)};
+        const auto mu_of_row = [&](int half) { return first_power(of_row(own_scales, half, lane)); };
         Acc ap[KTiles];
-#pragma unroll
-        for (int ct = 0; ct < KTiles; ++ct) zero(ap[ct]);
         const auto multiply_by_state = [&] {
-#pragma unroll
-            for (int ct = 0; ct < KTiles; ++ct)
-#pragma unroll
-                for (int rt = 0; rt < KTiles; ++rt)
-                    mma_AB<isa, 2>(ap[ct], p[rt], sm.h + (ct * KTiles + rt) * 2 * kPanel, lane);
+            constexpr int kNextColumns = KTiles * 2 * kPanel, kNextRows = 2 * kPanel;
+            mma_AB<isa, 2, false>(ap, p[0], sm.h, kNextColumns, lane);
+            if constexpr (KTiles == 2) mma_AB<isa, 2>(ap, p[1], sm.h + kNextRows, kNextColumns, lane);
         };
         const auto scale_by_decay = [&] {
 #pragma unroll
             for (int ct = 0; ct < KTiles; ++ct)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float factor = sm.gates.decay_from_start(first_row + acc_row(lane, half)) *
-                                         (h_scale[ct] * pow2_inverse(row_mu[half]));
+                    const float factor =
+                        from_start[first_row + acc_row(lane, half)] * (h_scale[ct] * pow2_inverse(mu_of_row(half)));
 #pragma unroll
                     for (int n = 0; n < 8; ++n) ap[ct].c[n][half * 2] *= factor, ap[ct].c[n][half * 2 + 1] *= factor;
                 }
         };
-        // scores o M / mu, of the tokens from `first` on. The decays' small terms (2^lo) are in the weights.
+        // scores o M / mu, of the tokens from `first` on. The decays' small terms (2^lo) are in the weights. A decay from
+        // an earlier warp's sixteen tokens is one to the last of them times one from there, both at most 1.
         const auto weigh_scores = [&](auto& scores, int first) {
-            const int i[2] = {first_row + acc_row(lane, 0), first_row + acc_row(lane, 1)};
+            const float row_weight[2] = {of_row(own_weight, 0, lane), of_row(own_weight, 1, lane)};
+            const int first_token = ptx::opaque(first_row);  // or their addresses would be kept from step to step
+            const int i[2] = {first_token + acc_row(lane, 0), first_token + acc_row(lane, 1)};
             const float g[2] = {sm.gates.hi[i[0]], sm.gates.hi[i[1]]};
 #pragma unroll
-            for (int n = 0; n < int(sizeof(scores) / sizeof(scores[0])); ++n)
+            for (int m = 0; m < int(sizeof(scores) / sizeof(scores[0]) / 2); ++m) {
+                const int tokens = first + m * 16;
+                float(&left)[4] = scores[m * 2];
+                float(&right)[4] = scores[m * 2 + 1];
+                if (tokens > first_row) {
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int j = first + acc_col(lane, n) + e;
-                    const float gj = sm.gates.hi[j], weight = sm.gates.beta[j];
+                    for (int e = 0; e < 4; ++e) left[e] = right[e] = 0.f;
+                    continue;
+                }
+                if (tokens < first_row) {
+                    const float last = sm.gates.hi[tokens + 15];
+                    const float factor[2] = {ptx::exp2_approx(g[0] - last) * row_weight[0],
+                                             ptx::exp2_approx(g[1] - last) * row_weight[1]};
+                    const float2 l = *reinterpret_cast<const float2*>(sm.tile_weight + tokens + acc_col(lane, 0)),
+                                 r = *reinterpret_cast<const float2*>(sm.tile_weight + tokens + acc_col(lane, 1));
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        float& s = scores[n][half * 2 + e];
-                        s = j <= i[half] ? s * (ptx::exp2_approx(g[half] - gj) * weight * row_weight[half]) : 0.f;
+                        left[half * 2] *= factor[half] * l.x, left[half * 2 + 1] *= factor[half] * l.y;
+                        right[half * 2] *= factor[half] * r.x, right[half * 2 + 1] *= factor[half] * r.y;
                     }
+                    continue;
                 }
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int j = tokens + acc_col(lane, e / 2) + e % 2;
+                    const float gj = sm.gates.hi[j], weight = sm.gates.beta[j];
+                    float* const s = e / 2 ? right : left;
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+                        s[half * 2 + e % 2] *=
+                            j <= i[half] ? ptx::exp2_approx(g[half] - gj) * weight * row_weight[half] : 0.f;
+                }
+            }
         };
 
         if constexpr (isa == Isa::hopper) {
             static_assert(KeyTerms == 1, "two-term keys leave no room for a second block on the multiprocessor");
             Acc scores;  // weighed while P H_c is under way
-            zero(scores);
             products_begin<isa>(scores, ap[0], ap[KTiles - 1]);
-#pragma unroll
-            for (int kt = 0; kt < KTiles; ++kt) mma_ABt<isa, 1>(scores, p[kt], sm.keys + kt * kPanel, lane);
+            mma_ABt<isa, 1, false>(scores, p[0], sm.keys, lane);
+            if constexpr (KTiles == 2) mma_ABt<isa, 1>(scores, p[1], sm.keys + kPanel, lane);
             products_commit<isa>();
             multiply_by_state();
             products_commit<isa>();
@@ -217,8 +255,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
             products_wait<isa, 0>(ap[0], ap[KTiles - 1]);
             scale_by_decay();
             products_begin<isa>(ap[0], ap[KTiles - 1]);
-#pragma unroll
-            for (int ct = 0; ct < KTiles; ++ct) mma_AB<isa, 1>(ap[ct], weights, sm.keys + ct * kPanel, lane);
+            mma_AB<isa, 1>(ap, weights, sm.keys, kPanel, lane);
             products_end<isa>(ap[0], ap[KTiles - 1]);
         } else {
             multiply_by_state();
@@ -255,6 +292,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
 
         // A p in true units (of the stored p), and p.Ap.
         float pAp[2] = {0.f, 0.f};
+        const float row_mu[2] = {mu_of_row(0), mu_of_row(1)};
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
@@ -321,26 +359,34 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     const unsigned block = blockIdx.x ^ zero_for_next;
     const int to_head = block % a.heads;
     const Chunk to_write = find_chunk(a.problem, block / a.heads);
+    float* to[2];
+    uint16_t* to_rounded[2];
+    float scale[2];
+    int columns[2];  // this lane's, from its first one on
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int t = first_row + acc_row(lane, half);
-        if (t >= to_write.length) continue;
-        float* const to = static_cast<float*>(a.x.data) + row_offset(a.x, to_write, t, to_head) + acc_col(lane, 0);
-        uint16_t* const to_rounded =
-            static_cast<uint16_t*>(a.rounded.data) + row_offset(a.rounded, to_write, t, to_head) + acc_col(lane, 0);
-        const float scale = sm.rhs_scale[t];
-#pragma unroll 4
-        for (int i = 0; i < KTiles * 8; ++i) {
-            const float4 x = sm.x[i * kThreads + threadIdx.x];
-            const float2 v = {(half ? x.z : x.x) * scale, (half ? x.w : x.y) * scale};
-            if (acc_col(lane, i) >= padded_width(a.x)) continue;
-            *reinterpret_cast<float2*>(to + i * 8) = v;
-            if (a.rounded.data) *reinterpret_cast<uint32_t*>(to_rounded + i * 8) = pack(a.rounded.dtype, v.x, v.y);
+        const int t = first_row + acc_row(lane, half), col = acc_col(lane, 0);
+        to[half] = static_cast<float*>(a.x.data) + row_offset(a.x, to_write, t, to_head) + col;
+        to_rounded[half] = static_cast<uint16_t*>(a.rounded.data) + row_offset(a.rounded, to_write, t, to_head) + col;
+        scale[half] = second_power(of_row(own_scales, half, lane));
+        columns[half] = t < to_write.length ? padded_width(a.x) - col : 0;
+        const int64_t out = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + to_head;
+        if (lane % 4 == half && t < to_write.length) {
+            if (a.steps) a.steps[out] = row.steps;
+            if (a.bound) a.bound[out] = sqrtf(row.bound_squared());
         }
-        const int64_t token = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + to_head;
-        if (lane % 4 == half) {
-            if (a.steps) a.steps[token] = row.steps;
-            if (a.bound) a.bound[token] = sqrtf(row.bound_squared());
+    }
+#pragma unroll 4
+    for (int i = 0; i < KTiles * 8; ++i) {
+        const float4 x = sm.x[i * kThreads + threadIdx.x];
+        const float2 rows[2] = {{x.x * scale[0], x.y * scale[0]}, {x.z * scale[1], x.w * scale[1]}};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (i * 8 >= columns[half]) continue;
+            *reinterpret_cast<float2*>(to[half] + i * 8) = rows[half];
+            if (a.rounded.data)
+                *reinterpret_cast<uint32_t*>(to_rounded[half] + i * 8) =
+                    pack(a.rounded.dtype, rows[half].x, rows[half].y);
         }
     }
 }

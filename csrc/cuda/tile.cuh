@@ -5,6 +5,8 @@
 // common scale, so that all their products add up in one accumulator.
 #pragma once
 
+#include <type_traits>
+
 #include <cuda_fp16.h>
 
 #include "../mesa.h"
@@ -143,60 +145,87 @@ __device__ __forceinline__ void publish_shared() {
     if constexpr (isa == Isa::hopper) ptx::fence_async_shared();
 }
 
-// A panel as wgmma's operand; the next step of 16 along the contraction is so many units further on.
-__device__ __forceinline__ uint64_t panel_descriptor(const __half* panel) { return ptx::wgmma_descriptor(panel, 1024); }
-constexpr uint64_t kStepAlongRows = 32 >> 4, kStepAcrossRows = (16 * 128) >> 4;
+// A panel as wgmma's operand; the next step of 16 along the contraction is so many units further on. Where the operand is
+// wider than the panel, the next one lies `distance` elements away.
+__device__ __forceinline__ uint32_t panel_descriptor(const __half* panel, int distance = kPanel) {
+    return ptx::wgmma_descriptor(panel, distance * sizeof(__half));
+}
+constexpr uint32_t kStepAlongRows = 32 >> 4, kStepAcrossRows = (16 * 128) >> 4;
 
-template <Isa isa>
-__device__ __forceinline__ void mma_AB_panel_step(Acc& acc, const uint32_t (&a)[4], const __half* b, int k, int lane) {
-    if constexpr (isa == Isa::hopper) ptx::wgmma_m64n64k16<true>(acc.c, a, panel_descriptor(b) + k * kStepAcrossRows);
-    else mma_AB_step(acc.c, a, b, k, lane);
+// The products below add to their accumulators; without Add they need not be zeroed before.
+template <Isa isa, bool Add>
+__device__ __forceinline__ void products_zero(Acc& acc) {
+    if constexpr (isa == Isa::portable && !Add) zero(acc);
 }
 
-template <Isa isa>
-__device__ __forceinline__ void mma_ABt_panel_step(Acc& acc, const uint32_t (&a)[4], const __half* b, int k, int lane) {
-    if constexpr (isa == Isa::hopper) ptx::wgmma_m64n64k16<false>(acc.c, a, panel_descriptor(b) + k * kStepAlongRows);
-    else mma_ABt_step(acc.c, a, b, k, lane);
-}
-
-// acc += A B and acc += A B' with operands of one or two terms; lo * lo is below the last bit.
-template <Isa isa, int BTerms, int ATerms>
-__device__ __forceinline__ void mma_AB(Acc& acc, const Operand<ATerms>& a, const __half* b, int lane) {
+// acc[i] += A B_i and acc += A B' with operands of one or two terms; lo * lo is below the last bit. The panels of
+// neighbouring B_i lie `distance` elements apart.
+template <Isa isa, int BTerms, bool Add = true, int Tiles, int ATerms>
+__device__ __forceinline__ void mma_AB(Acc (&acc)[Tiles], const Operand<ATerms>& a, const __half* b, int distance,
+                                       int lane) {
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i) products_zero<isa, Add>(acc[i]);
+    const auto product = [&](auto add, const uint32_t(&strip)[4], const __half* b_term, int k) {
+        if constexpr (isa == Isa::hopper) {
+            const uint32_t descriptor = panel_descriptor(b_term, distance) + k * kStepAcrossRows;
+            static_assert(Tiles <= 2);
+            if constexpr (Tiles == 2) ptx::wgmma_m64n128k16<true, decltype(add)::value>(acc[0].c, acc[1].c, strip, descriptor);
+            else ptx::wgmma_m64n64k16<true, decltype(add)::value>(acc[0].c, strip, descriptor);
+        } else {
+#pragma unroll
+            for (int i = 0; i < Tiles; ++i) mma_AB_step(acc[i].c, strip, b_term + i * distance, k, lane);
+        }
+    };
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-        mma_AB_panel_step<isa>(acc, a.term[0].r[k], b, k, lane);
-        if constexpr (BTerms == 2) mma_AB_panel_step<isa>(acc, a.term[0].r[k], b + kPanel, k, lane);
-        if constexpr (ATerms == 2) mma_AB_panel_step<isa>(acc, a.term[1].r[k], b, k, lane);
+        if (k == 0) product(std::bool_constant<Add>(), a.term[0].r[k], b, k);
+        else product(std::true_type(), a.term[0].r[k], b, k);
+        if constexpr (BTerms == 2) product(std::true_type(), a.term[0].r[k], b + kPanel, k);
+        if constexpr (ATerms == 2) product(std::true_type(), a.term[1].r[k], b, k);
     }
 }
 
-template <Isa isa, int BTerms, int ATerms>
+template <Isa isa, int BTerms, bool Add = true, int ATerms>
+__device__ __forceinline__ void mma_AB(Acc& acc, const Operand<ATerms>& a, const __half* b, int lane) {
+    mma_AB<isa, BTerms, Add>(reinterpret_cast<Acc(&)[1]>(acc), a, b, 0, lane);
+}
+
+template <Isa isa, int BTerms, bool Add = true, int ATerms>
 __device__ __forceinline__ void mma_ABt(Acc& acc, const Operand<ATerms>& a, const __half* b, int lane) {
+    products_zero<isa, Add>(acc);
+    const auto product = [&](auto add, const uint32_t(&strip)[4], const __half* b_term, int k) {
+        if constexpr (isa == Isa::hopper)
+            ptx::wgmma_m64n64k16<false, decltype(add)::value>(acc.c, strip, panel_descriptor(b_term) + k * kStepAlongRows);
+        else mma_ABt_step(acc.c, strip, b_term, k, lane);
+    };
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-        mma_ABt_panel_step<isa>(acc, a.term[0].r[k], b, k, lane);
-        if constexpr (BTerms == 2) mma_ABt_panel_step<isa>(acc, a.term[0].r[k], b + kPanel, k, lane);
-        if constexpr (ATerms == 2) mma_ABt_panel_step<isa>(acc, a.term[1].r[k], b, k, lane);
+        if (k == 0) product(std::bool_constant<Add>(), a.term[0].r[k], b, k);
+        else product(std::true_type(), a.term[0].r[k], b, k);
+        if constexpr (BTerms == 2) product(std::true_type(), a.term[0].r[k], b + kPanel, k);
+        if constexpr (ATerms == 2) product(std::true_type(), a.term[1].r[k], b, k);
     }
 }
 
 // acc += A B with both in panels, for the warp's 16 rows from row0 on. A is stored [row][contraction] or, TransA,
 // [contraction][row]; B is stored [contraction][column] or, TransB, [column][contraction].
-template <Isa isa, bool TransA, bool TransB, int ATerms, int BTerms>
+template <Isa isa, bool TransA, bool TransB, int ATerms, int BTerms, bool Add = true>
 __device__ __forceinline__ void mma_panels(Acc& acc, const __half* a, int row0, const __half* b, int lane) {
     if constexpr (isa == Isa::hopper) {
+        const auto product = [&](auto add, const __half* a_term, const __half* b_term, int k) {
+            ptx::wgmma_m64n64k16<TransA, !TransB, decltype(add)::value>(
+                acc.c, panel_descriptor(a_term) + k * (TransA ? kStepAcrossRows : kStepAlongRows),
+                panel_descriptor(b_term) + k * (TransB ? kStepAlongRows : kStepAcrossRows));
+        };
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            const auto product = [&](const __half* a_term, const __half* b_term) {
-                ptx::wgmma_m64n64k16<TransA, !TransB>(
-                    acc.c, panel_descriptor(a_term) + k * (TransA ? kStepAcrossRows : kStepAlongRows),
-                    panel_descriptor(b_term) + k * (TransB ? kStepAlongRows : kStepAcrossRows));
-            };
-            product(a, b);
-            if constexpr (BTerms == 2) product(a, b + kPanel);
-            if constexpr (ATerms == 2) product(a + kPanel, b);
+            if (k == 0) product(std::bool_constant<Add>(), a, b, k);
+            else product(std::true_type(), a, b, k);
+            if constexpr (BTerms == 2) product(std::true_type(), a, b + kPanel, k);
+            if constexpr (ATerms == 2) product(std::true_type(), a + kPanel, b, k);
         }
     } else {
+        products_zero<isa, Add>(acc);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll

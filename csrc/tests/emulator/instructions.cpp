@@ -51,7 +51,7 @@ void multiply_add(const Accumulators& d, const A& a, const B<Columns>& b) {
 // What wgmma has been issued by a warp, with its A registers at that time, and is not complete.
 struct Pending {
     Wgmma common;
-    float (*d[32])[4];
+    float (*d[32])[4], (*right[32])[4];
     uint32_t a[32][4];
     int group;
 };
@@ -83,17 +83,15 @@ WarpState& own_warp() { return warps[threadIdx.x / 32]; }
 // units of 16 bytes, LBO and SBO being the leading and the stride byte offset:
 //     K-major,  128-byte swizzle:  ((8, n), 2) : ((8, SBO), 1)           -- atoms of 8 rows mn, SBO apart along mn
 //     MN-major, 128-byte swizzle:  ((8, n), (8, k)) : ((1, LBO), (8, SBO)) -- atoms of 64 mn x 8 k, LBO apart along mn,
-//                                                                           SBO along k; n = 1 here: no LBO
+//                                                                           SBO along k
 // The swizzle exchanges address bits 4-6 by bits 7-9, counted from zero and not from the start of the matrix (base
 // offset 0: the pattern begins at multiples of 1024 bytes).
-float element(uint64_t descriptor, bool transposed, int mn, int k) {
-    const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
-    const uint32_t start = field(0), stride = field(32);
-    if (descriptor >> 62 != 1 || descriptor >> 49 & 7)
-        fail("wgmma descriptor without 128-byte swizzle, or with a base offset");
+// Here SBO and the swizzle, which the upper half of the descriptor gives, are always the same.
+float element(uint32_t descriptor, bool transposed, int mn, int k) {
+    const uint32_t start = (descriptor & 0x3fff) << 4, leading = descriptor >> 16 << 4, stride = 1024;
     if (start & 0x380 || (transposed ? start % 128 != 0 : start % 128 > 96))
         fail("wgmma descriptor starts at %#x, not where a row of an atom, or a step of 16 k, begins", start);
-    const uint32_t address = start + (transposed ? mn * 2 + k / 8 * stride + k % 8 * 128
+    const uint32_t address = start + (transposed ? mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128
                                                  : mn / 8 * stride + mn % 8 * 128 + k * 2);
     uint16_t bits;
     std::memcpy(&bits, shared_pointer(address ^ (address >> 7 & 7) << 4, 2, 2), 2);
@@ -106,12 +104,16 @@ void complete(const Pending& p) {
     A a;
     B<64> b;
     if (w.a) a = a_of_lanes([&](int l) { return p.a[l]; });
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < 16; ++k)
         for (int row = 0; row < 16 && !w.a; ++row)
             a.at[row][k] = element(w.a_descriptor, w.a_transposed, first_row + row, k);
-        for (int c = 0; c < 64; ++c) b.at[k][c] = element(w.b_descriptor, w.b_transposed, c, k);
+    for (int half = 0; half < (w.right ? 2 : 1); ++half) {
+        const auto d = [&](int l) { return half ? p.right[l] : p.d[l]; };
+        for (int k = 0; k < 16; ++k)
+            for (int c = 0; c < 64; ++c) b.at[k][c] = element(w.b_descriptor, w.b_transposed, half * 64 + c, k);
+        for (int l = 0; l < 32 && !w.add; ++l) std::fill_n(&d(l)[0][0], 32, 0.f);
+        multiply_add<64>(d, a, b);
     }
-    multiply_add<64>([&](int l) { return p.d[l]; }, a, b);
 }
 
 // Completes the warp's first `groups` groups, in order.
@@ -122,8 +124,9 @@ void complete(WarpState& warp, int groups) {
 }
 
 bool same(const Wgmma& a, const Wgmma& b) {
-    return !a.a == !b.a && a.a_descriptor == b.a_descriptor && a.b_descriptor == b.b_descriptor &&
-           a.a_transposed == b.a_transposed && a.b_transposed == b.b_transposed;
+    return !a.a == !b.a && !a.right == !b.right && a.a_descriptor == b.a_descriptor &&
+           a.b_descriptor == b.b_descriptor && a.a_transposed == b.a_transposed && a.b_transposed == b.b_transposed &&
+           a.add == b.add;
 }
 
 }  // namespace
@@ -169,10 +172,10 @@ void start(const Wgmma& wgmma) {
         WarpState& warp = own_warp();
         if (blockDim.x % 128) fail("wgmma needs whole warpgroups");
         if (!warp.fenced) fail("wgmma without wgmma.fence before it");
-        Pending p{lanes[0], {}, {}, warp.groups};
+        Pending p{lanes[0], {}, {}, {}, warp.groups};
         for (int l = 0; l < 32; ++l) {
             if (!same(lanes[l], lanes[0])) fail("wgmma: lanes %d and 0 have different descriptors", l);
-            p.d[l] = lanes[l].d;
+            p.d[l] = lanes[l].d, p.right[l] = lanes[l].right;
             if (lanes[l].a) std::copy_n(lanes[l].a, 4, p.a[l]);
         }
         std::vector<Wgmma>& of_group = issued[threadIdx.x / 128];
@@ -235,6 +238,11 @@ void cp_async16(void* shared, const void* global) {
     if (reinterpret_cast<uintptr_t>(global) % 16) fail("cp.async from %p, not a multiple of 16", global);
     std::memset(shared, 0xff, 16);
     pieces[threadIdx.x].queue.push_back({shared, global, pieces[threadIdx.x].groups});
+}
+
+void cp_async16_or_zero(void* shared, const void* global, bool inside) {
+    alignas(16) static const char zeros[16] = {};
+    cp_async16(shared, inside ? global : zeros);
 }
 
 void cp_async_commit() { ++pieces[threadIdx.x].groups; }

@@ -8,12 +8,14 @@ namespace mesa::emulator {
 void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed);
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
-// d[64 x 64] += A B; A in registers where `a` is not null.
+// d[64 x 64] += A B (= without `add`), with 64 columns more where `right` is not null; A in registers where `a` is not
+// null.
 struct Wgmma {
     float (*d)[4];
+    float (*right)[4];
     const uint32_t* a;
-    uint64_t a_descriptor, b_descriptor;
-    bool a_transposed, b_transposed;
+    uint32_t a_descriptor, b_descriptor;  // lower halves
+    bool a_transposed, b_transposed, add;
 };
 void start(const Wgmma&);
 void wait_for_cp_async(int pending);
@@ -36,6 +38,7 @@ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 }
 
 void cp_async16(void* shared, const void* global);
+void cp_async16_or_zero(void* shared, const void* global, bool inside);
 void cp_async_commit();
 template <int N>
 void cp_async_wait() { emulator::wait_for_cp_async(N); }
@@ -52,13 +55,17 @@ template <int N>
 void wgmma_wait() { emulator::wait_for_wgmma(N); }
 inline void wgmma_pin(float (&)[8][4]) {}
 
-template <bool TransB>
-void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
-    emulator::start({d, a, 0, b, false, TransB});
+template <bool TransB, bool Add>
+void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint32_t b) {
+    emulator::start({d, nullptr, a, 0, b, false, TransB, Add});
 }
-template <bool TransA, bool TransB>
-void wgmma_m64n64k16(float (&d)[8][4], uint64_t a, uint64_t b) {
-    emulator::start({d, nullptr, a, b, TransA, TransB});
+template <bool TransA, bool TransB, bool Add>
+void wgmma_m64n64k16(float (&d)[8][4], uint32_t a, uint32_t b) {
+    emulator::start({d, nullptr, nullptr, a, b, TransA, TransB, Add});
+}
+template <bool TransB, bool Add>
+void wgmma_m64n128k16(float (&d)[8][4], float (&right)[8][4], const uint32_t (&a)[4], uint32_t b) {
+    emulator::start({d, right, a, 0, b, false, TransB, Add});
 }
 
 }  // namespace mesa::ptx

@@ -55,10 +55,10 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-        const uint64_t a_at = panel_descriptor(sm.a) + k * (TransA ? kStepAcrossRows : kStepAlongRows);
-        const uint64_t b_at = panel_descriptor(sm.b) + k * (TransB ? kStepAcrossRows : kStepAlongRows);
-        if constexpr (Source == ASource::registers) ptx::wgmma_m64n64k16<TransB>(d, a.r[k], b_at);
-        else if constexpr (Source == ASource::shared) ptx::wgmma_m64n64k16<TransA, TransB>(d, a_at, b_at);
+        const uint32_t a_at = panel_descriptor(sm.a) + k * (TransA ? kStepAcrossRows : kStepAlongRows);
+        const uint32_t b_at = panel_descriptor(sm.b) + k * (TransB ? kStepAcrossRows : kStepAlongRows);
+        if constexpr (Source == ASource::registers) ptx::wgmma_m64n64k16<TransB, true>(d, a.r[k], b_at);
+        else if constexpr (Source == ASource::shared) ptx::wgmma_m64n64k16<TransA, TransB, true>(d, a_at, b_at);
         else if constexpr (TransB) mma_AB_step(d, a.r[k], sm.b, k, lane);
         else mma_ABt_step(d, a.r[k], sm.b, k, lane);
     }
@@ -72,9 +72,42 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
             args.out[(first_row + acc_row(lane, e / 2)) * 64 + acc_col(lane, n) + e % 2] = d[n][e];
 }
 
+// out[64 x 128] = A[64 x 64] B[64 x 128], whatever the accumulators held before; B's panels lie apart.
+constexpr int kApart = 3 * kPanel;
+struct WideShared {
+    __half a[kPanel], b[kApart + kPanel];
+};
+
+__global__ void __launch_bounds__(kThreads) wide_kernel(const __grid_constant__ ProductArgs args) {
+    MESA_DYNAMIC_SHARED(shared_bytes);
+    auto& sm = *reinterpret_cast<WideShared*>(shared_bytes);
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
+    for (int i = threadIdx.x; i < kPanel; i += kThreads) {
+        const int at = panel_offset(i / 64, i % 64);
+        sm.a[at] = args.a[i];
+        sm.b[at] = args.b[i], sm.b[kApart + at] = args.b[kPanel + i];
+    }
+    ptx::fence_async_shared();
+    __syncthreads();
+    Operand<1> a;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) load_strip(a.term[0].r[k], sm.a, first_row, k, lane);
+    Acc d[2];
+    for (int i = 0; i < 2; ++i)
+        for (int n = 0; n < 8; ++n)
+            for (int e = 0; e < 4; ++e) d[i].c[n][e] = 1.f;
+    products_begin<Isa::hopper>(d[0], d[1]);
+    mma_AB<Isa::hopper, 1, false>(d, a, sm.b, kApart, lane);
+    products_end<Isa::hopper>(d[0], d[1]);
+    for (int i = 0; i < 2; ++i)
+        for (int n = 0; n < 8; ++n)
+            for (int e = 0; e < 4; ++e)
+                args.out[(first_row + acc_row(lane, e / 2)) * 128 + i * 64 + acc_col(lane, n) + e % 2] = d[i].c[n][e];
+}
+
 // ---- asynchronous copies ------------------------------------------------------------------------------------------
 
-// Every tile backwards; while one is worked on, the next two are on their way.
+// Every tile backwards, the last with zeros in it; while one is worked on, the next two are on their way.
 constexpr int kStages = 3;
 struct CopyArgs {
     const float4* in;  // [tiles][kThreads]
@@ -86,8 +119,10 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ 
     MESA_DYNAMIC_SHARED(shared_bytes);
     float4* const stages = reinterpret_cast<float4*>(shared_bytes);
     const auto fetch = [&](int tile) {
-        if (tile < args.tiles)
-            ptx::cp_async16(stages + tile % kStages * kThreads + threadIdx.x, args.in + tile * kThreads + threadIdx.x);
+        float4* const to = stages + tile % kStages * kThreads + threadIdx.x;
+        if (tile < args.tiles - 1) ptx::cp_async16(to, args.in + tile * kThreads + threadIdx.x);
+        else if (tile < args.tiles)
+            ptx::cp_async16_or_zero(to, args.in + tile * kThreads + threadIdx.x, threadIdx.x % 3);
         ptx::cp_async_commit();  // a group without copies counts too
     };
     for (int tile = 0; tile < kStages - 1; ++tile) fetch(tile);
@@ -153,14 +188,34 @@ bool report(const char* name, size_t wrong) {
 }
 
 // Small integers: every sum is exact in float32, in any order.
+std::vector<__half> integers(size_t count) {
+    static std::mt19937 random(8);
+    std::vector<__half> v(count);
+    for (__half& x : v) x = __float2half(static_cast<float>(static_cast<int>(random() % 17)) - 8);
+    return v;
+}
+
+bool test_wide_product() {
+    const std::vector<__half> a = integers(kPanel), b = integers(2 * kPanel);
+    const Array<__half> a_there(a), b_there(b);
+    const Array<float> out(2 * kPanel);
+    check(launch(wide_kernel, ProductArgs{a_there.data, b_there.data, out.data}, 1, sizeof(WideShared), nullptr));
+    check(cudaDeviceSynchronize());
+    const std::vector<float> actual = out.host();
+    size_t wrong = 0;
+    for (int m = 0; m < 64; ++m)
+        for (int n = 0; n < 128; ++n) {
+            float sum = 0;
+            for (int k = 0; k < 64; ++k)
+                sum += __half2float(a[m * 64 + k]) * __half2float(b[n / 64 * kPanel + k * 64 + n % 64]);
+            wrong += !(actual[m * 128 + n] == sum);
+        }
+    return report("wgmma of 128 columns in two panels, not added", wrong);
+}
+
 template <ASource Source, bool TransA, bool TransB>
 bool test_product() {
-    std::mt19937 random(8);
-    std::vector<__half> a(kPanel), b(kPanel);
-    const auto fill = [&](std::vector<__half>& v) {
-        for (__half& x : v) x = __float2half(static_cast<float>(static_cast<int>(random() % 17)) - 8);
-    };
-    fill(a), fill(b);
+    const std::vector<__half> a = integers(kPanel), b = integers(kPanel);
     const Array<__half> a_there(a), b_there(b);
     const Array<float> out(kPanel);
     check(launch(product_kernel<Source, TransA, TransB>, ProductArgs{a_there.data, b_there.data, out.data}, 1,
@@ -202,7 +257,9 @@ bool test_copies() {
     const std::vector<float4> actual = out.host();
     size_t wrong = 0;
     for (size_t i = 0; i < in.size(); ++i) {
-        const float4 a = actual[i], e = in[i / kThreads * kThreads + kThreads - 1 - i % kThreads];
+        const size_t from = i / kThreads * kThreads + kThreads - 1 - i % kThreads;
+        const bool is_zero = i / kThreads == size_t(tiles) - 1 && from % kThreads % 3 == 0;
+        const float4 a = actual[i], e = is_zero ? float4{0, 0, 0, 0} : in[from];
         wrong += !(a.x == e.x && a.y == e.y && a.z == e.z && a.w == e.w);
     }
     return report("cp.async in groups", wrong);
@@ -234,6 +291,7 @@ int main() {
     bool ok = test_products<ASource::mma>();
     ok &= test_products<ASource::registers>();
     ok &= test_products<ASource::shared>();
+    ok &= test_wide_product();
     ok &= test_copies();
     ok &= test_votes();
     std::printf(ok ? "all right\n" : "SOMETHING IS WRONG\n");
