@@ -186,13 +186,14 @@ void forward_states(const Call& c, const States& states, float* end_kk, float* e
                                        c.stream));
 }
 
-void solve(const Call& c, const States& states, const Tensor& rhs, const Tensor& x, const Rows& rounded, int* steps,
-           float* bound, int64_t max_iterations, double tolerance) {
+void solve(const Call& c, const States& states, const Tensor& rhs, const Tensor& x, const Rows& rounded,
+           const Rows& out, int* steps, float* bound, int64_t max_iterations, double tolerance) {
     const int64_t heads = c.size.HO;
     C10_CUDA_CHECK(launch_solve({c.problem, rows_of(rhs, heads, c.size.K), c.k_rows(heads), c.gates(heads),
                                  static_cast<const LambPair*>(c.lamb_pairs.const_data_ptr()), states.view(heads),
-                                 rows_of(x, heads, c.size.K), rounded, steps, bound, static_cast<int>(heads),
-                                 static_cast<int>(max_iterations), static_cast<float>(tolerance)},
+                                 rows_of(x, heads, c.size.K), rounded, c.v_rows(heads), out, steps, bound,
+                                 static_cast<int>(heads), static_cast<int>(max_iterations),
+                                 static_cast<float>(tolerance)},
                                 c.stream));
 }
 
@@ -212,10 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
 
     const States states(c, p.HS);
     forward_states(c, states, end_kk.data_ptr<float>(), end_kv.data_ptr<float>());
-    solve(c, states, q, x, kNoRows, steps.data_ptr<int>(), bound.data_ptr<float>(), max_cg_iterations, cg_tol);
-    C10_CUDA_CHECK(launch_readout({c.problem, rows_of(x, p.HO, p.K), c.k_rows(p.HO), c.v_rows(p.HO), c.gates(p.HO),
-                                   states.view(p.HO), rows_of(o, p.HO, p.V), static_cast<int>(p.HO), false},
-                                  c.stream));
+    solve(c, states, q, x, kNoRows, rows_of(o, p.HO, p.V), steps.data_ptr<int>(), bound.data_ptr<float>(),
+          max_cg_iterations, cg_tol);
     return {without_padding(o, p.V), without_padding(x, p.K), end_kk, end_kv, steps, bound};
 }
 
@@ -245,13 +244,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     // w = (H + Lambda)^-1 G do, solved in the place of its right-hand side.
     const Tensor w = empty_padded({p.B, p.T, p.HO, p.K}, f32);
     const Rows do_rows = rows_of(d_o, heads, p.V), x_rows = rows_of(x, heads, p.K), w_rows = rows_of(w, heads, p.K);
-    C10_CUDA_CHECK(launch_readout(
-        {c.problem, do_rows, c.v_rows(heads), c.k_rows(heads), c.gates(heads), states.view(heads), w_rows, heads, true},
+    C10_CUDA_CHECK(launch_dx(
+        {c.problem, do_rows, c.k_rows(heads), c.v_rows(heads), c.gates(heads), states.view(heads), w_rows, heads},
         c.stream));
     // With a head of q for every output head, dq is w in q's dtype.
     const bool own_dq = p.HO == p.HQ && q.scalar_type() != at::kFloat;
     const Tensor dq = own_dq ? empty_padded({p.B, p.T, p.HO, p.K}, q.options()) : w;
-    solve(c, states, w, w, own_dq ? rows_of(dq, heads, p.K) : kNoRows, nullptr, nullptr, max_cg_iterations,
+    solve(c, states, w, w, own_dq ? rows_of(dq, heads, p.K) : kNoRows, kNoRows, nullptr, nullptr, max_cg_iterations,
           cg_tol);
 
     const Tensor end_kk = at::empty({p.N, p.HO, p.K, p.K}, f32), end_kv = at::empty({p.N, p.HO, p.K, p.V}, f32);

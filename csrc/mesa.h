@@ -107,7 +107,7 @@ struct StateArgs {
 };
 cudaError_t launch_chunk_states(const StateArgs&, cudaStream_t);
 
-// x_t = (H_t + diag(lamb))^-1 rhs_t by conjugate gradient.
+// x_t = (H_t + diag(lamb))^-1 rhs_t by conjugate gradient, and where `out` is wanted the read-out out_t = G_t' x_t.
 struct SolveArgs {
     Problem problem;
     Rows rhs;      // q, or dx
@@ -117,6 +117,8 @@ struct SolveArgs {
     SplitStates states;
     Rows x;        // float32; may be rhs itself
     Rows rounded;  // x in another dtype too, or data null
+    Rows values;
+    Rows out;  // or data null
     int* steps;    // [B, T, heads] or null
     float* bound;  // [B, T, heads] or null
     int heads;
@@ -125,19 +127,16 @@ struct SolveArgs {
 };
 cudaError_t launch_solve(const SolveArgs&, cudaStream_t);
 
-// out_t = G_t' queries_t, or with `transposed` out_t = G_t queries_t: keys and values then swap their roles.
-struct ReadoutArgs {
+// dx_t = G_t do_t, the right-hand side of the backward solve.
+struct DxArgs {
     Problem problem;
-    Rows queries;  // x, or do (transposed)
-    Rows keys;     // k, or v (transposed)
-    Rows values;   // v, or k (transposed)
+    Rows d_o, keys, values;
     Gates gates;
     SplitStates states;
-    Rows out;
+    Rows dx;
     int heads;
-    bool transposed;
 };
-cudaError_t launch_readout(const ReadoutArgs&, cudaStream_t);
+cudaError_t launch_dx(const DxArgs&, cudaStream_t);
 
 // Gradients of the linear attention with queries x, keys k, values [v | k] and output gradients [do | -w].
 struct GradArgs {

@@ -233,17 +233,6 @@ __device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int h
     }
 }
 
-// Asks for the rows of a chunk, columns col0 .. col0 + columns - 1, to come to the L2 cache.
-template <int Threads>
-__device__ __forceinline__ void prefetch_rows(const Rows& m, const Chunk& c, int head, int col0, int columns) {
-    constexpr int kLine = 128, kLanes = Threads / kChunk;  // bytes; threads for a row
-    const int t = threadIdx.x / kLanes, size = m.dtype == DType::f32 ? 4 : 2, end = min(col0 + columns, m.width) * size;
-    if (t >= c.length) return;
-    const char* const row = static_cast<const char*>(m.data) + row_offset(m, c, t, head) * size;
-    for (int at = col0 * size + threadIdx.x % kLanes * kLine; at < end; at += kLanes * kLine)
-        ptx::prefetch_l2(row + at);
-}
-
 __device__ __forceinline__ float max_abs(const float (&v)[8]) {
     float m = 0.f;
 #pragma unroll
@@ -292,9 +281,10 @@ __device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const 
 }
 
 // Once this thread's cp.async are complete: rows scaled by powers of two so that a row's largest element lies in
-// [2^target, 2^(target + 1)); row_scale undoes it. Two terms are for what is not exact in one.
-template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads>
-__device__ __forceinline__ void convert_rows(__half* panels, float* row_scale, DType dtype, int target) {
+// [2^target, 2^(target + 1)); put_scale(row, what undoes it) is called by one thread for each. Two terms are for what is
+// not exact in one.
+template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads, typename PutScale>
+__device__ __forceinline__ void convert_rows(__half* panels, const PutScale& put_scale, DType dtype, int target) {
     if constexpr (Float32) __syncwarp();  // other threads of the row have fetched parts of this thread's
 #pragma unroll 2
     for (int t = threadIdx.x / 8; t < kChunk; t += Threads / 8) {
@@ -315,55 +305,15 @@ __device__ __forceinline__ void convert_rows(__half* panels, float* row_scale, D
         const Pow2Scale s = scale_to(amax, target);
 #pragma unroll
         for (int i = 0; i < Panels; ++i) store_panel8<Terms>(panels + i * Terms * kPanel, t, part_column(), v[i], s.up);
-        if (threadIdx.x % 8 == 0) row_scale[t] = s.down;
+        if (threadIdx.x % 8 == 0) put_scale(t, s.down);
     }
 }
 
-// TO GO
-template <int Panels, bool Float32>
-struct RowPart {
-    Raw8<Float32> pieces[Panels];
-
-    __device__ __forceinline__ void fetch(const Rows& m, const Chunk& c, int head, int t, int col0) {
-        const int past = t < c.length ? 0 : m.width;  // rows past the end read as zero like columns past the width
-#pragma unroll
-        for (int i = 0; i < Panels; ++i)
-            pieces[i] = fetch8<Float32>(m, row_offset(m, c, t, head), col0 + i * kChunk + part_column() + past);
-    }
-
-    // Into row t of panels, scaled by a power of two so that the row's largest element lies in [2^target,
-    // 2^(target + 1)); row_scale[t] undoes it. Two terms are for what is not exact in one: float32.
-    template <int Terms>
-    __device__ __forceinline__ void store(__half* panels, float* row_scale, int t, DType dtype, int target) const {
-        float v[Panels][8];
-        float amax = 0.f;
-#pragma unroll
-        for (int i = 0; i < Panels; ++i) {
-            convert8<Float32>(v[i], pieces[i], dtype);
-            amax = fmaxf(amax, max_abs(v[i]));
-        }
-#pragma unroll
-        for (int d = 1; d < 8; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
-        const Pow2Scale s = scale_to(amax, target);
-#pragma unroll
-        for (int i = 0; i < Panels; ++i) store_panel8<Terms>(panels + i * Terms * kPanel, t, part_column(), v[i], s.up);
-        if (threadIdx.x % 8 == 0) row_scale[t] = s.down;
-    }
-};
-
-// The 64 rows of a chunk from global memory into panels.
 template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads>
-__device__ __forceinline__ void load_rows(__half* panels, float* row_scale, const Rows& m, const Chunk& c, int head,
-                                          int col0, int target) {
-#pragma unroll 2  // all four of 128 threads at once would need more registers than there are
-    for (int t = threadIdx.x / 8; t < kChunk; t += Threads / 8) {
-        RowPart<Panels, Float32> part;
-        part.fetch(m, c, head, t, col0);
-        part.template store<Terms>(panels, row_scale, t, m.dtype, target);
-    }
+__device__ __forceinline__ void convert_rows(__half* panels, float* row_scale, DType dtype, int target) {
+    convert_rows<Panels, Terms, Float32, Threads>(
+        panels, [row_scale](int t, float scale) { row_scale[t] = scale; }, dtype, target);
 }
-
-// END TO GO
 
 // The 64 rows of a chunk as float32 [64][64 Panels] (zero past the end and the width), pieces exchanged as in panels.
 template <int Panels>

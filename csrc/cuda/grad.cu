@@ -21,20 +21,16 @@ template <int KTiles, int Terms>
 struct Shared {
     __half x[KTiles * 2 * kPanel];
     __half k[KTiles * Terms * kPanel];
-    __half d_o[2 * kPanel];    // the current column tile of do or w
-    __half v[Terms * kPanel];  // the current column tile of v
-    union {
-        __half state[KTiles * 2 * kPanel];  // the current column tile of dS or S
-        float crossing[kChunk * kChunk];    // the addends of dg, swizzled by key
-    };
+    __half d_o[2 * kPanel];             // the current column tile of do or w
+    __half v[Terms * kPanel];           // the current column tile of v
+    __half state[KTiles * 2 * kPanel];  // the current column tile of dS or S
     ChunkGates gates;
     float x_scale[kChunk], k_scale[kChunk], do_scale[kChunk], v_scale[kChunk];
     float from_start[kChunk];  // e^{gc_i} x_i' S do'_i
     float to_end[kChunk];      // beta_j rho_Cj k_j' dS v'_j
-    float warp_sum[4];
+    float column[kThreads / 32][kChunk];  // sums of columns over each warp's rows: of w o x, then of what dg has inside
+    float warp_sum[kThreads / 32];
 };
-
-__device__ __forceinline__ int crossing_offset(int j, int i) { return j * kChunk + (i ^ (j & 31)); }
 
 template <int Terms>
 __device__ __forceinline__ float2 panel_pair(const __half* panel, int row, int col) {
@@ -47,27 +43,77 @@ __device__ __forceinline__ float2 panel_pair(const __half* panel, int row, int c
     return v;
 }
 
-// Puts a column tile of S in the place of the same tile of dS; returns this thread's part of <dS, S>, in the tiles'
-// units.
-template <int KTiles>
-__device__ __forceinline__ float replace_and_dot(__half* ds, const __half* s) {
-    float sum = 0.f;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < KTiles * kPanel / 8; i += kThreads) {
-        const int at = i / (kPanel / 8) * 2 * (kPanel / 8) + i % (kPanel / 8);  // of hi; lo lies a panel further on
-        const uint4 hi = reinterpret_cast<const uint4*>(s)[at], lo = reinterpret_cast<const uint4*>(s)[at + kPanel / 8];
-        uint4& to_hi = reinterpret_cast<uint4*>(ds)[at];
-        uint4& to_lo = reinterpret_cast<uint4*>(ds)[at + kPanel / 8];
-        const uint32_t a[4] = {hi.x, hi.y, hi.z, hi.w}, b[4] = {lo.x, lo.y, lo.z, lo.w};
-        const uint32_t c[4] = {to_hi.x, to_hi.y, to_hi.z, to_hi.w}, d[4] = {to_lo.x, to_lo.y, to_lo.z, to_lo.w};
-        to_hi = hi, to_lo = lo;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const float2 p = unpack(a[e]), q = unpack(b[e]), r = unpack(c[e]), t = unpack(d[e]);
-            sum = fmaf(p.x + q.x, r.x + t.x, fmaf(p.y + q.y, r.y + t.y, sum));
-        }
+// Has these accumulators computed before what follows. The compilers put such additions off for as long as nobody asks
+// for the sum, and keep both summands in registers: nvcc up to the pins, ptxas up to the next loop, which here never
+// repeats. `positive` is any positive number that they do not know.
+template <typename... Accs>
+__device__ __forceinline__ void settle(int positive, Accs&... accumulators) {
+    (ptx::wgmma_pin(accumulators.c), ...);
+    while (ptx::opaque(positive) < 0) __syncthreads();
+}
+
+// Rows, and which of their heads is that of an output head: as a rule every head has rows of its own, and the division
+// by one is worth leaving out.
+struct HeadRows {
+    Rows rows;
+    int head;
+
+    __device__ __forceinline__ HeadRows(const Rows& m, int output_head) : rows(m), head(output_head) {
+        if (m.group != 1) head /= m.group;
+        rows.group = 1;
     }
+};
+
+// A thread's part of a row tile of S on its way through registers: 16-byte pieces of hi and of lo.
+struct StatePieces {
+    static constexpr int kPieces = kPanel / 8 / kThreads;
+    uint4 hi[kPieces], lo[kPieces];
+
+    __device__ __forceinline__ void load(const __half* panels, int p) {
+        const uint4* const from = reinterpret_cast<const uint4*>(panels) + threadIdx.x + p * kThreads;
+        hi[p] = from[0], lo[p] = from[kPanel / 8];
+    }
+};
+
+// Puts a column tile of S in the place of the same tile of dS; returns this thread's part of <dS, S>, in the tiles'
+// units. `pieces` hold the first row tile; each piece of the second is asked for as soon as it has room.
+template <int KTiles>
+__device__ __forceinline__ float replace_and_dot(__half* ds, const __half* s, StatePieces& pieces) {
+    float sum = 0.f;
+#pragma unroll
+    for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll
+        for (int p = 0; p < StatePieces::kPieces; ++p) {
+            uint4* const to = reinterpret_cast<uint4*>(ds + kt * 2 * kPanel) + threadIdx.x + p * kThreads;
+            const uint4 hi = pieces.hi[p], lo = pieces.lo[p], to_hi = to[0], to_lo = to[kPanel / 8];
+            to[0] = hi, to[kPanel / 8] = lo;
+            if (kt + 1 < KTiles) pieces.load(s + (kt + 1) * 2 * kPanel, p);
+            const uint32_t a[4] = {hi.x, hi.y, hi.z, hi.w}, b[4] = {lo.x, lo.y, lo.z, lo.w};
+            const uint32_t c[4] = {to_hi.x, to_hi.y, to_hi.z, to_hi.w}, d[4] = {to_lo.x, to_lo.y, to_lo.z, to_lo.w};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float2 f = unpack(a[e]), g = unpack(b[e]), h = unpack(c[e]), t = unpack(d[e]);
+                sum = fmaf(f.x + g.x, h.x + t.x, fmaf(f.y + g.y, h.y + t.y, sum));
+            }
+        }
     return sum;
+}
+
+// Sums over a warp's rows, in which `v` are a lane's addends to its columns acc_col(lane, n) + e. Returns those of
+// columns 2 lane and 2 lane + 1: in each step a lane gives away one half of the columns and keeps the other.
+__device__ __forceinline__ float2 column_sums(float (&v)[8][2], int lane) {
+#pragma unroll
+    for (int left = 4; left; left /= 2) {
+        const bool upper = lane & left * 4;
+#pragma unroll
+        for (int n = 0; n < left; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float keep = upper ? v[n + left][e] : v[n][e], give = upper ? v[n][e] : v[n + left][e];
+                v[n][e] = keep + __shfl_xor_sync(0xffffffffu, give, left * 4);
+            }
+    }
+    return {v[0][0], v[0][1]};
 }
 
 template <Isa isa, int KTiles, int Terms>
@@ -75,30 +121,52 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     if constexpr (isa == Isa::hopper && !ptx::kHasHopper) return;  // never launched
     MESA_DYNAMIC_SHARED(shared_bytes);
     auto& sm = *reinterpret_cast<Shared<KTiles, Terms>*>(shared_bytes);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_row = warp * 16;
+    const int thread_lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_row = warp * 16;
     const int64_t slot = blockIdx.x / a.heads;
     const int head = blockIdx.x % a.heads;
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
     const int v_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = v_tiles + KTiles;
-    const int64_t s_place = state_tile(a.states, slot, head, column_tiles, 0);
-    const int64_t ds_place = state_tile(a.adjoints, slot, head, column_tiles, 0);
+    const int s_place = static_cast<int>(state_tile(a.states, slot, head, column_tiles, 0));
+    const int ds_place = static_cast<int>(state_tile(a.adjoints, slot, head, column_tiles, 0));
     const auto tile_of = [](const SplitStates& s, int64_t place) { return s.panels + place * KTiles * 2 * kPanel; };
     const auto fetch_adjoint = [&](int ct) {
         copy_panels_async<KTiles * 2>(sm.state, tile_of(a.adjoints, ds_place + ct));
         ptx::cp_async_commit();
     };
+    const auto fetch_tile = [&](int ct) {  // do and v, or w
+        if (ct < v_tiles) {
+            const HeadRows d_o(a.d_o, head), v(a.v, head);
+            fetch_rows<1, 2, Terms == 2>(sm.d_o, d_o.rows, chunk, d_o.head, ct * kChunk);
+            fetch_rows<1, Terms>(sm.v, v.rows, chunk, v.head, ct * kChunk);
+        } else {
+            const HeadRows w(a.w, head);
+            fetch_rows<1, 2>(sm.d_o, w.rows, chunk, w.head, (ct - v_tiles) * kChunk);
+        }
+        ptx::cp_async_commit();
+    };
 
+    // Everything is asked for at once, in the order in which it is needed. Later do, w and v are asked for as soon as
+    // the last tile's have been used, which is before S is, and dS when S has been used.
+    const HeadRows x(a.x, head), k(a.k, head);
+    fetch_rows<KTiles, 2>(sm.x, x.rows, chunk, x.head, 0);
+    fetch_rows<KTiles, Terms>(sm.k, k.rows, chunk, k.head, 0);
+    ptx::cp_async_commit();
+    fetch_tile(0);
     fetch_adjoint(0);
-    prefetch_rows<kThreads>(a.k, chunk, head, 0, a.problem.K);
+    ptx::prefetch_l2(a.adjoints.scales + ds_place);
+    ptx::prefetch_l2(a.states.scales + s_place);
     load_gates(sm.gates, a.gates, a.problem, chunk, head);
-    load_rows<KTiles, 2>(sm.x, sm.x_scale, a.x, chunk, head, 0, 4);
-    load_rows<KTiles, Terms>(sm.k, sm.k_scale, a.k, chunk, head, 0, 0);
+    ptx::cp_async_wait<2>();
+    convert_rows<KTiles, 2>(sm.x, sm.x_scale, a.x.dtype, 4);
+    convert_rows<KTiles, Terms>(sm.k, sm.k_scale, a.k.dtype, 0);
     publish_shared<isa>();
     __syncthreads();
 
+    int lane = thread_lane;
+    int row[2] = {first_row + acc_row(lane, 0), first_row + acc_row(lane, 1)};
+
     // qk_ji = rho_ij x_i . k_j
-    const int row[2] = {first_row + acc_row(lane, 0), first_row + acc_row(lane, 1)};
     Acc qk;
     zero(qk);
     products_begin<isa>(qk);
@@ -115,12 +183,17 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float& s = qk.c[n][half * 2 + e];
-                s = i >= row[half] ? s * (sm.gates.decay(i, row[half]) * sm.k_scale[row[half]] * scale) : 0.f;
+                const float weight = sm.gates.decay(i, row[half]) * sm.k_scale[row[half]] * scale;
+                s = i >= row[half] ? s * weight : 0.f;
             }
         }
     float from_chunk_end[2];  // rho_Cj
 #pragma unroll
     for (int half = 0; half < 2; ++half) from_chunk_end[half] = sm.gates.decay(kChunk - 1, row[half]);
+
+    const auto column_total = [&](int i) {
+        return (sm.column[0][i] + sm.column[1][i]) + (sm.column[2][i] + sm.column[3][i]);
+    };
 
     // Tile by tile: u and dv' from the end of the chunk, dv' from inside it, the scores, and what reaches dg from
     // outside.
@@ -130,33 +203,70 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     for (int kt = 0; kt < KTiles; ++kt) zero(u[kt]);
     float from_start[2] = {0.f, 0.f}, to_end[2] = {0.f, 0.f}, across = 0.f;
     for (int ct = 0; ct < column_tiles; ++ct) {
+        lane = ptx::opaque(thread_lane);  // or addresses made of it would be kept from tile to tile
+        row[0] = first_row + acc_row(lane, 0), row[1] = first_row + acc_row(lane, 1);
         const bool is_v = ct < v_tiles;
         const int col0 = (is_v ? ct : ct - v_tiles) * kChunk;
         const float sign = is_v ? 1.f : -1.f;
         prefetch_panels<KTiles * 2>(tile_of(a.states, s_place + ct));
-        if (is_v) prefetch_rows<kThreads>(a.v, chunk, head, col0, kChunk);
-        if (is_v) load_rows<1, 2, Terms == 2>(sm.d_o, sm.do_scale, a.d_o, chunk, head, col0, 4);
-        else load_rows<1, 2>(sm.d_o, sm.do_scale, a.w, chunk, head, col0, 4);
-        if (is_v) load_rows<1, Terms>(sm.v, sm.v_scale, a.v, chunk, head, col0, 0);
-        ptx::cp_async_wait<0>();
+        if (ct + 1 < column_tiles) prefetch_panels<KTiles * 2>(tile_of(a.adjoints, ds_place + ct + 1));
+        ptx::cp_async_wait<1>();  // dS may still be on its way
+        if (is_v) {
+            convert_rows<1, 2, Terms == 2>(sm.d_o, sm.do_scale, a.d_o.dtype, 4);
+            convert_rows<1, Terms>(sm.v, sm.v_scale, a.v.dtype, 0);
+        } else {
+            convert_rows<1, 2>(sm.d_o, sm.do_scale, a.w.dtype, 4);
+        }
         publish_shared<isa>();
         __syncthreads();
 
         const __half* const values = is_v ? sm.v : sm.k + (ct - v_tiles) * Terms * kPanel;
         const float* const value_scales = is_v ? sm.v_scale : sm.k_scale;
         const float value_scale[2] = {value_scales[row[0]], value_scales[row[1]]};
-        const float adjoint_scale = a.adjoints.scales[ds_place + ct];
-        Acc part;
+        const auto do_scale = [&](int n) { return *reinterpret_cast<const float2*>(sm.do_scale + acc_col(lane, n)); };
+        Acc part;  // scores; meanwhile the operand of dv' is made
         zero(part);
         products_begin<isa>(part);
         mma_panels<isa, false, true, Terms, 2>(part, values, first_row, sm.d_o, lane);
-        products_end<isa>(part);
+        products_commit<isa>();
+        Operand<2> weights;  // qk with do's scales in it, for dv'
+        float weight_scale[2];
+        {
+            Acc weighted;
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                const float2 scale = do_scale(n);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) weighted.c[n][e] = qk.c[n][e] * (e % 2 ? scale.y : scale.x);
+            }
+            normalise_rows(weighted, weight_scale, 8);
+            acc_operand(weights, weighted);
+        }
+        products_wait<isa, 0>(part);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+            const float2 scale = do_scale(n);
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                scores.c[n][e] = fmaf(sign * value_scale[e / 2] * (e % 2 ? scale.y : scale.x), part.c[n][e],
+                                      scores.c[n][e]);
+        }
+        settle(column_tiles, scores);
+        Acc dv;  // without beta; under way while dS is waited for
+        zero(dv);
+        products_begin<isa>(dv);
+        mma_AB<isa, 2>(dv, weights, sm.d_o, lane);
+        products_commit<isa>();
+        ptx::cp_async_wait<0>();
+        publish_shared<isa>();
+        __syncthreads();  // dS is there
+        products_wait<isa, 0>(dv);
 #pragma unroll
         for (int n = 0; n < 8; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                scores.c[n][e] = fmaf(sign * value_scale[e / 2] * sm.do_scale[acc_col(lane, n) + e % 2], part.c[n][e],
-                                      scores.c[n][e]);
+            for (int e = 0; e < 4; ++e) dv.c[n][e] *= sign * weight_scale[e / 2];
+        settle(column_tiles, dv);
+        const float adjoint_scale = a.adjoints.scales[ds_place + ct];
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt) {
             zero(part);
@@ -164,33 +274,15 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             mma_panels<isa, false, true, Terms, 2>(part, values, first_row, sm.state + kt * 2 * kPanel, lane);
             products_end<isa>(part);
 #pragma unroll
-            for (int n = 0; n < 8; ++n)
+            for (int half = 0; half < 2; ++half) {
+                const float scale = from_chunk_end[half] * adjoint_scale * value_scale[half];
 #pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    u[kt].c[n][e] =
-                        fmaf(from_chunk_end[e / 2] * adjoint_scale * value_scale[e / 2], part.c[n][e], u[kt].c[n][e]);
-        }
-
-        Acc dv;  // without beta
-        {
-            Acc weights;
-            float down[2];
+                for (int n = 0; n < 8; ++n)
 #pragma unroll
-            for (int n = 0; n < 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    weights.c[n][e] = qk.c[n][e] * (sign * sm.do_scale[acc_col(lane, n) + e % 2]);
-            normalise_rows(weights, down, 8);
-            Operand<2> operand;
-            acc_operand(operand, weights);
-            zero(dv);
-            products_begin<isa>(dv);
-            mma_AB<isa, 2>(dv, operand, sm.d_o, lane);
-            products_end<isa>(dv);
-#pragma unroll
-            for (int n = 0; n < 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) dv.c[n][e] *= down[e / 2];
+                    for (int e = half * 2; e < half * 2 + 2; ++e)
+                        u[kt].c[n][e] = fmaf(scale, part.c[n][e], u[kt].c[n][e]);
+            }
+            settle(column_tiles, u[kt]);
         }
         zero(part);
         products_begin<isa>(part);
@@ -218,22 +310,56 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             for (int n = 0; n < 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) dv.c[n][e] *= sm.gates.beta[row[e / 2]];
-            store_strip(a.dv, chunk, head, first_row, col0, dv, lane);
+            const HeadRows to(a.dv, head);
+            store_strip(to.rows, chunk, to.head, first_row, col0, dv, lane);
         } else {
 #pragma unroll
-            for (int kt = 0; kt < KTiles; ++kt)  // selects, not branches: these would be made into an index of u
+            for (int kt = 0; kt < KTiles; ++kt) {
+                if (kt != ct - v_tiles) continue;
 #pragma unroll
                 for (int n = 0; n < 8; ++n)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) u[kt].c[n][e] += kt == ct - v_tiles ? dv.c[n][e] : 0.f;
+                    for (int e = 0; e < 4; ++e) u[kt].c[n][e] += dv.c[n][e];
+                ptx::wgmma_pin(u[kt].c);  // or the two branches would be made into an index of u
+            }
         }
 
-        __syncthreads();  // this tile of dS has been used
+        // This lane's part of do or w is taken out (so that the next tile can come) and, where it is w, multiplied by
+        // x: dlamb = -sum_t w_t o x_t.
+        const __half* const s_tile = tile_of(a.states, s_place + ct);
+        float2 outputs[2][8];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int n = 0; n < 8; ++n) outputs[half][n] = panel_pair<2>(sm.d_o, row[half], acc_col(lane, n));
+        const float output_scale[2] = {sign * sm.do_scale[row[0]], sign * sm.do_scale[row[1]]};
+        if (!is_v) {
+            float sum[8][2] = {};
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float scale = output_scale[half] * sm.x_scale[row[half]];
+#pragma unroll
+                for (int n = 0; n < 8; ++n) {
+                    const float2 x = panel_pair<2>(sm.x + (ct - v_tiles) * 2 * kPanel, row[half], acc_col(lane, n));
+                    sum[n][0] = fmaf(outputs[half][n].x * scale, x.x, sum[n][0]);
+                    sum[n][1] = fmaf(outputs[half][n].y * scale, x.y, sum[n][1]);
+                }
+            }
+            *reinterpret_cast<float2*>(&sm.column[warp][2 * lane]) = column_sums(sum, lane);
+        }
+        StatePieces pieces;
+#pragma unroll
+        for (int p = 0; p < StatePieces::kPieces; ++p) pieces.load(s_tile, p);
+        __syncthreads();  // this tile of dS, do and v has been used
+        if (ct + 1 < column_tiles) fetch_tile(ct + 1);
+        const int column = threadIdx.x;
+        if (!is_v && column < kChunk && col0 + column < a.problem.K)
+            a.dlamb[(slot * a.heads + head) * a.problem.K + col0 + column] = column_total(column);
+
         const float state_scale = a.states.scales[s_place + ct];
-        across = fmaf(replace_and_dot<KTiles>(sm.state, tile_of(a.states, s_place + ct)) * adjoint_scale, state_scale,
-                      across);
+        across = fmaf(replace_and_dot<KTiles>(sm.state, s_tile, pieces) * adjoint_scale, state_scale, across);
         publish_shared<isa>();
-        __syncthreads();
+        __syncthreads();  // S is there
         zero(part);
         products_begin<isa>(part);
 #pragma unroll
@@ -243,21 +369,48 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         products_end<isa>(part);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int i = row[half];
             float sum = 0.f;
 #pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                const float2 d = panel_pair<2>(sm.d_o, i, acc_col(lane, n));
-                sum = fmaf(d.x, part.c[n][half * 2], fmaf(d.y, part.c[n][half * 2 + 1], sum));
-            }
-            from_start[half] = fmaf(sum * sign * sm.do_scale[i], sm.x_scale[i] * state_scale, from_start[half]);
+            for (int n = 0; n < 8; ++n)
+                sum = fmaf(outputs[half][n].x, part.c[n][half * 2],
+                           fmaf(outputs[half][n].y, part.c[n][half * 2 + 1], sum));
+            from_start[half] = fmaf(sum * output_scale[half], sm.x_scale[row[half]] * state_scale, from_start[half]);
         }
-        __syncthreads();  // this tile of S and its do and v have been used
+        __syncthreads();  // this tile of S has been used
         if (ct + 1 < column_tiles) fetch_adjoint(ct + 1);
     }
 
-    // Inside the chunk. The state's place is taken over by `crossing`.
+    // Inside the chunk.
     float inside[2] = {0.f, 0.f};  // sum_i rho_ij (do'_i . v'_j) (x_i . k_j)
+    {
+        float crossing[8][2] = {};  // of this lane's two keys and columns t: sum over i >= t > j
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int j = row[half];
+            const float beta = sm.gates.beta[j];
+            float later = 0.f;  // sum over the columns behind tile n
+#pragma unroll
+            for (int n = 7; n >= 0; --n) {
+                const int i = acc_col(lane, n);
+                const float* const score = &scores.c[n][half * 2];
+                const float first = i >= j ? qk.c[n][half * 2] * score[0] : 0.f;
+                const float second = i + 1 >= j ? qk.c[n][half * 2 + 1] * score[1] : 0.f;
+                // Sums over the quad's columns from this lane's first one on.
+                float from_here = first + second;
+                const float next = __shfl_down_sync(0xffffffffu, from_here, 1);
+                if (lane % 4 < 3) from_here += next;
+                const float after_next = __shfl_down_sync(0xffffffffu, from_here, 2);
+                if (lane % 4 < 2) from_here += after_next;
+                const float behind = __shfl_down_sync(0xffffffffu, from_here, 1);
+                const float beyond = lane % 4 < 3 ? later + behind : later;
+                if (i > j) crossing[n][0] = fmaf(beta, first + second + beyond, crossing[n][0]);
+                if (i + 1 > j) crossing[n][1] = fmaf(beta, second + beyond, crossing[n][1]);
+                later += __shfl_sync(0xffffffffu, from_here, lane & ~3);
+            }
+            inside[half] = later;
+        }
+        *reinterpret_cast<float2*>(&sm.column[warp][2 * lane]) = column_sums(crossing, lane);
+    }
 #pragma unroll
     for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -266,12 +419,9 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             const float scale = sm.x_scale[i];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int j = row[half];
                 float& score = scores.c[n][half * 2 + e];
-                const float product = i >= j ? qk.c[n][half * 2 + e] * score : 0.f;
-                inside[half] += product;
-                sm.crossing[crossing_offset(j, i)] = product * sm.gates.beta[j];
-                score = i >= j ? score * (sm.gates.decay(i, j) * scale) : 0.f;
+                const float weight = sm.gates.decay(i, row[half]) * scale;
+                score = i >= row[half] ? score * weight : 0.f;
             }
         }
 #pragma unroll
@@ -280,8 +430,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int t = row[half];
-        const float start = quad_sum(from_start[half]), end = quad_sum(to_end[half]),
-                    dbeta = end + quad_sum(inside[half]);
+        const float start = quad_sum(from_start[half]), end = quad_sum(to_end[half]), dbeta = end + inside[half];
         if (lane % 4 == 0) {
             sm.from_start[t] = sm.gates.decay_from_start(t) * start;
             sm.to_end[t] = sm.gates.beta[t] * end;
@@ -293,49 +442,50 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         normalise_rows(scores, down, 8);
         Operand<2> operand;
         acc_operand(operand, scores);
+        const HeadRows to(a.dk, head);
+        Acc part[KTiles];
+#pragma unroll
+        for (int kt = 0; kt < KTiles; ++kt) zero(part[kt]);
+        products_begin<isa>(part[0], part[KTiles - 1]);
+#pragma unroll
+        for (int kt = 0; kt < KTiles; ++kt) mma_AB<isa, 2>(part[kt], operand, sm.x + kt * 2 * kPanel, lane);
+        products_end<isa>(part[0], part[KTiles - 1]);
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt) {
-            Acc part;
-            zero(part);
-            products_begin<isa>(part);
-            mma_AB<isa, 2>(part, operand, sm.x + kt * 2 * kPanel, lane);
-            products_end<isa>(part);
 #pragma unroll
             for (int n = 0; n < 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
-                    u[kt].c[n][e] = sm.gates.beta[row[e / 2]] * fmaf(down[e / 2], part.c[n][e], u[kt].c[n][e]);
-            store_strip(a.dk, chunk, head, first_row, kt * kChunk, u[kt], lane);
+                    u[kt].c[n][e] = sm.gates.beta[row[e / 2]] * fmaf(down[e / 2], part[kt].c[n][e], u[kt].c[n][e]);
+            store_strip(to.rows, chunk, to.head, first_row, kt * kChunk, u[kt], lane);
         }
     }
 
-    // dg: sums of `crossing` along i from the end (thread = key), then along j up to t (thread = token).
+    // dg, two neighbouring tokens to a lane of one warp. What begins before a token or ends behind it is summed over
+    // the tokens by shuffles.
     __syncthreads();
-    const int t = threadIdx.x;
-    if (t < kChunk) {
-        float sum = 0.f;
-        for (int i = kChunk - 1; i >= 0; --i) {
-            float& c = sm.crossing[crossing_offset(t, i)];
-            c = sum += c;
+    if (threadIdx.x < 32) {
+        const int t = 2 * lane;
+        const float start[2] = {sm.from_start[t], sm.from_start[t + 1]};
+        float from_here = start[0] + start[1], up_to_here = sm.to_end[t] + sm.to_end[t + 1];
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const float later = __shfl_down_sync(0xffffffffu, from_here, d);
+            const float earlier = __shfl_up_sync(0xffffffffu, up_to_here, d);
+            if (lane + d < 32) from_here += later;
+            if (lane >= d) up_to_here += earlier;
         }
-    }
-    __syncthreads();
-    if (t < chunk.length) {
-        float sum =
-            (sm.warp_sum[0] + sm.warp_sum[1] + sm.warp_sum[2] + sm.warp_sum[3]) * sm.gates.decay_from_start(kChunk - 1);
-        for (int i = t; i < kChunk; ++i) sum += sm.from_start[i];
-        for (int j = 0; j < t; ++j) sum += sm.to_end[j] + sm.crossing[crossing_offset(j, t)];
-        a.dg[(chunk.batch * a.problem.T + chunk.token + t) * a.heads + head] = sum;
-    }
-
-    // dlamb = -sum_t w_t o x_t
-    if (t < a.problem.K) {
-        const float* const w = static_cast<const float*>(a.w.data) + row_offset(a.w, chunk, 0, head) + t;
-        const float* const x = static_cast<const float*>(a.x.data) + row_offset(a.x, chunk, 0, head) + t;
-        float sum = 0.f;
-#pragma unroll 8
-        for (int i = 0; i < chunk.length; ++i) sum -= w[i * a.w.token_stride] * x[i * a.x.token_stride];
-        a.dlamb[(slot * a.heads + head) * a.problem.K + t] = sum;
+        const float later = __shfl_down_sync(0xffffffffu, from_here, 1);
+        const float earlier = __shfl_up_sync(0xffffffffu, up_to_here, 1);
+        const float behind = lane < 31 ? later : 0.f, before = lane > 0 ? earlier : 0.f;
+        const float everywhere = ((sm.warp_sum[0] + sm.warp_sum[1]) + (sm.warp_sum[2] + sm.warp_sum[3])) *
+                                 sm.gates.decay_from_start(kChunk - 1);
+        const float sum[2] = {from_here + before, start[1] + behind + (before + sm.to_end[t])};
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (t + i < chunk.length)
+                a.dg[(chunk.batch * a.problem.T + chunk.token + t + i) * a.heads + head] =
+                    everywhere + (sum[i] + column_total(t + i));
     }
 }
 

@@ -1,13 +1,15 @@
-// solve: x_t = (H_t + diag(lamb))^-1 rhs_t for the 64 tokens of a chunk, by preconditioned conjugate gradient (cg.h).
+// solve: x_t = (H_t + diag(lamb))^-1 rhs_t for the 64 tokens of a chunk, by preconditioned conjugate gradient (cg.h), and
+// in the forward pass the read-out o_t = G_t' x_t.
 //
 // With c the state before the chunk, P the directions of the 64 tokens and M_ij = decay(i, j) beta_j for j <= i:
 //
-//     A P = e^{gc} (P H_c) + ((P K') o M) K + P Lambda
+//     A P = e^{gc} (P H_c) + ((P K') o M) K + P Lambda        O = e^{gc} (X G_c) + ((X K') o M) V
 //
 // H lies in shared memory as hi + lo, K in one term (two if it came in float32). P is rounded once to fp16, with a
 // power-of-two scale per row, and that same P enters A P, p.Ap and x += alpha p, so that rounding it costs no accuracy.
-// A warp owns 16 rows. With mma.sync it shares nothing with the other warps but read-only memory and ends when its rows
-// have ended; with wgmma the four warps of a block go through the steps together.
+// The read-out, which happens once and is where precision would be lost last, takes X and the scores in two terms.
+// A warp owns 16 rows. With mma.sync it shares nothing with the other warps but read-only memory and ends its steps when
+// its rows have ended; with wgmma the four warps of a block go through the steps together.
 #include "../cg.h"
 #include "chunk.cuh"
 
@@ -17,11 +19,16 @@ namespace {
 // |p| is kept near 2^9: products with keys (|k| <= 2^4.5) stay below fp16's 2^16, small elements far above its 2^-24.
 constexpr int kDirectionExponent = 9;
 
+constexpr int kMaxVTiles = kMaxWidth / kChunk;
+
 template <int KTiles, int KeyTerms>
 struct Shared {
-    __half keys[KTiles * KeyTerms * kPanel];  // row-scaled to a largest element in [1, 2)
-    __half h[KTiles * KTiles * 2 * kPanel];   // [column tile][row tile][hi, lo]
-    float4 x[KTiles * 8 * kThreads];          // each thread's own part, in accumulator layout
+    __half keys[KTiles * KeyTerms * kPanel];                                 // row-scaled to a largest element in [1, 2)
+    __half h[(KTiles > kMaxVTiles ? KTiles : kMaxVTiles) * KTiles * 2 * kPanel];  // [column tile][row tile][hi, lo], then G
+    union {
+        float4 x[KTiles * 8 * kThreads];  // each thread's own part, in accumulator layout
+        __half values[kMaxVTiles * KeyTerms * kPanel];
+    };
     ChunkGates gates;  // once the weights are made, beta is that of token j's scores over 2^lo, and lo is from_start
     float tile_weight[kChunk];  // the same beta, decayed to the last of the sixteen tokens that j belongs to
     // 112 KB + 1 KB at K = 128 in 16 bits: two blocks on a multiprocessor of 228 KB.
@@ -52,12 +59,20 @@ __device__ __forceinline__ float2 direction_at(const Operand<1>& p, int n, int h
     return unpack(p.term[0].r[n / 2][n % 2 * 2 + half] ^ zero);
 }
 
-// A power of two in a float leaves its mantissa free, which takes the exponent of another one.
-__device__ __forceinline__ float pair_of_powers(float first, float second) {
-    return __uint_as_float(__float_as_uint(first) | __float_as_uint(second) >> 23);
+// Three powers of two in one register: the first as a float, whose mantissa takes the exponents of the others.
+struct RowScales {
+    uint32_t bits;
+
+    __device__ __forceinline__ void set_mu(float p) { bits = __float_as_uint(p); }
+    __device__ __forceinline__ void add_key(float p) { bits |= __float_as_uint(p) >> 15; }
+    __device__ __forceinline__ void add_rhs(float p) { bits |= __float_as_uint(p) >> 23; }
+    __device__ __forceinline__ float mu() const { return __uint_as_float(bits & 0x7f800000); }
+    __device__ __forceinline__ float key() const { return __uint_as_float(bits << 15 & 0x7f800000); }
+    __device__ __forceinline__ float rhs() const { return __uint_as_float(bits << 23 & 0x7f800000); }
+};
+__device__ __forceinline__ RowScales scales_of_row(RowScales own, int half, int lane) {
+    return {__shfl_sync(0xffffffffu, own.bits, (lane & ~1) | half)};
 }
-__device__ __forceinline__ float first_power(float pair) { return __uint_as_float(__float_as_uint(pair) & 0x7f800000); }
-__device__ __forceinline__ float second_power(float pair) { return __uint_as_float(__float_as_uint(pair) << 23); }
 
 // Whether any row of those that go on together is active.
 template <Isa isa>
@@ -66,7 +81,7 @@ __device__ __forceinline__ bool any_active(bool active) {
     else return __any_sync(0xffffffffu, active);
 }
 
-template <Isa isa, int KTiles, int KeyTerms>
+template <Isa isa, int KTiles, int KeyTerms, bool ReadOut>
 __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(const __grid_constant__ SolveArgs a) {
     if constexpr (isa == Isa::hopper && !ptx::kHasHopper) return;  // never launched
     MESA_DYNAMIC_SHARED(shared_bytes);
@@ -81,7 +96,9 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     // waits in x's place, the keys' row scales (they go into beta, the weight of score (i, j)) in that of the weights.
     const int value_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = value_tiles + KTiles;
     const int64_t place = state_tile(a.states, slot, head, column_tiles, value_tiles);
-    const float* const h_scale = a.states.scales + place;
+    float h_scale[KTiles];
+#pragma unroll
+    for (int ct = 0; ct < KTiles; ++ct) h_scale[ct] = a.states.scales[place + ct];
     float* const right_hand_side = reinterpret_cast<float*>(sm.x);
     fetch_staged_rows<KTiles>(right_hand_side, a.rhs, chunk, head);
     fetch_rows<KTiles, KeyTerms>(sm.keys, a.keys, chunk, head, 0);
@@ -105,10 +122,14 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         largest = fmaxf(largest, fmaxf(sm.gates.decay(own_row, j) * sm.gates.beta[j],
                                        j < own_row ? sm.gates.decay(own_row, j + 1) * sm.gates.beta[j + 1] : 0.f));
     // Where the state before the chunk outweighs the chunk beyond float32, a larger mu keeps their ratio finite.
+#pragma unroll
     for (int ct = 0; ct < KTiles; ++ct)
         largest = fmaxf(largest, sm.gates.decay_from_start(own_row) * h_scale[ct] * pow2(-80));
     const float mu = scale_to(fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)), -1).down;
     const float own_weight = pow2_inverse(mu) * ptx::exp2_approx(sm.gates.lo[own_row]);
+    RowScales own_scales;  // a row's true values are its scale times what is stored
+    own_scales.set_mu(mu);
+    own_scales.add_key(sm.tile_weight[own_row]);
     __syncthreads();
     if (token < kChunk) {
         const float weight = sm.gates.beta[token] * ptx::exp2_approx(-sm.gates.lo[token]);
@@ -120,13 +141,15 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
 
     const LambPair* const lamb = a.lamb + (head / a.states.group) * (KTiles * kChunk / 2);
     const float inverse_smallest_lamb = __frcp_rn(smallest_lamb(lamb, KTiles * kChunk / 2, lane));
-    const LambPair* const lane_lamb = lamb + lane % 4;  // this lane's columns are at constant distances from here
+    // This lane's columns are at constant distances from here. Opaque: an index to keep from step to step, not an address.
+    const unsigned lamb_index = (head / a.states.group) * (KTiles * kChunk / 2) + lane % 4;
+    const auto lamb_of_lane = [&] { return a.lamb + ptx::opaque(lamb_index); };
     const float tol_squared = a.tolerance * a.tolerance;
 
     // r = rhs scaled by a power of two, x = 0, p = z = r / lamb.
     Acc r[KTiles];
     float rz[2] = {0.f, 0.f};
-    float rhs_scale[2];  // a row's true value = scale * stored
+    float rhs_scale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int t = first_row + acc_row(lane, half);
@@ -146,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const LambPair l = lamb_at(lane_lamb, kt, n);
+                const LambPair l = lamb_at(lamb_of_lane(), kt, n);
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float& v = r[kt].c[n][half * 2 + e];
@@ -155,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
                 }
             }
     }
-    const float own_scales = pair_of_powers(mu, lane & 1 ? rhs_scale[1] : rhs_scale[0]);
+    own_scales.add_rhs(lane & 1 ? rhs_scale[1] : rhs_scale[0]);
     CgRow<float> row(own_sum(rz, lane));
     float direction = direction_scale(row.pp, inverse_smallest_lamb);  // stored p = direction * p
     ptx::cp_async_wait<0>();
@@ -167,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-            const LambPair l = lamb_at(lane_lamb, kt, n);
+            const LambPair l = lamb_at(lamb_of_lane(), kt, n);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 p[kt].term[0].r[n / 2][n % 2 * 2 + half] =
@@ -176,9 +199,45 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
             sm.x[(kt * 8 + n) * kThreads + threadIdx.x] = {0.f, 0.f, 0.f, 0.f};
         }
 
+    // scores o M times row_weight / 2^lo, of the tokens from `first` on: the decays' small terms are in the weights. A
+    // decay from an earlier warp's sixteen tokens is one to the last of them times one from there, both at most 1.
+    const auto weigh_scores = [&](auto& scores, int first, const float(&row_weight)[2], int lane,
+                                  int first_row) {
+        const int row = first_row + acc_row(lane, 0), col = acc_col(lane, 0);
+        const float g[2] = {sm.gates.hi[row], sm.gates.hi[row + 8]};
+        const auto pair_at = [](const float* p) { return *reinterpret_cast<const float2*>(p); };
+#pragma unroll
+        for (int n = 0; n < int(sizeof(scores) / sizeof(scores[0])); ++n) {
+            float(&s)[4] = scores[n];
+            const int tokens = first + n / 2 * 16, j = first + n * 8 + col;
+            if (tokens > first_row) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) s[e] = 0.f;
+            } else if (tokens < first_row) {
+                const float last = sm.gates.hi[tokens + 15];
+                const float2 weight = pair_at(sm.tile_weight + j);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float factor = ptx::exp2_approx(g[half] - last) * row_weight[half];
+                    s[half * 2] *= factor * weight.x, s[half * 2 + 1] *= factor * weight.y;
+                }
+            } else {
+                const float2 gj = pair_at(sm.gates.hi + j), weight = pair_at(sm.gates.beta + j);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int within = acc_row(lane, half) - (col + n % 2 * 8);  // i - j
+                    const float w[2] = {ptx::exp2_approx(g[half] - gj.x) * weight.x * row_weight[half],
+                                        ptx::exp2_approx(g[half] - gj.y) * weight.y * row_weight[half]};
+                    s[half * 2] = within >= 0 ? s[half * 2] * w[0] : 0.f;
+                    s[half * 2 + 1] = within >= 1 ? s[half * 2 + 1] * w[1] : 0.f;
+                }
+            }
+        }
+    };
+
     const uint32_t zero_for_next = static_cast<uint32_t>(a.problem.V) >> 31;
     for (int step = 0; step < a.max_iterations && any_active<isa>(row.active); ++step) {
-        const auto mu_of_row = [&](int half) { return first_power(of_row(own_scales, half, lane)); };
+        const auto mu_of_row = [&](int half) { return scales_of_row(own_scales, half, lane).mu(); };
         Acc ap[KTiles];
         const auto multiply_by_state = [&] {
             constexpr int kNextColumns = KTiles * 2 * kPanel, kNextRows = 2 * kPanel;
@@ -196,49 +255,6 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
                     for (int n = 0; n < 8; ++n) ap[ct].c[n][half * 2] *= factor, ap[ct].c[n][half * 2 + 1] *= factor;
                 }
         };
-        // scores o M / mu, of the tokens from `first` on. The decays' small terms (2^lo) are in the weights. A decay from
-        // an earlier warp's sixteen tokens is one to the last of them times one from there, both at most 1.
-        const auto weigh_scores = [&](auto& scores, int first) {
-            const float row_weight[2] = {of_row(own_weight, 0, lane), of_row(own_weight, 1, lane)};
-            const int first_token = ptx::opaque(first_row);  // or their addresses would be kept from step to step
-            const int i[2] = {first_token + acc_row(lane, 0), first_token + acc_row(lane, 1)};
-            const float g[2] = {sm.gates.hi[i[0]], sm.gates.hi[i[1]]};
-#pragma unroll
-            for (int m = 0; m < int(sizeof(scores) / sizeof(scores[0]) / 2); ++m) {
-                const int tokens = first + m * 16;
-                float(&left)[4] = scores[m * 2];
-                float(&right)[4] = scores[m * 2 + 1];
-                if (tokens > first_row) {
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) left[e] = right[e] = 0.f;
-                    continue;
-                }
-                if (tokens < first_row) {
-                    const float last = sm.gates.hi[tokens + 15];
-                    const float factor[2] = {ptx::exp2_approx(g[0] - last) * row_weight[0],
-                                             ptx::exp2_approx(g[1] - last) * row_weight[1]};
-                    const float2 l = *reinterpret_cast<const float2*>(sm.tile_weight + tokens + acc_col(lane, 0)),
-                                 r = *reinterpret_cast<const float2*>(sm.tile_weight + tokens + acc_col(lane, 1));
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        left[half * 2] *= factor[half] * l.x, left[half * 2 + 1] *= factor[half] * l.y;
-                        right[half * 2] *= factor[half] * r.x, right[half * 2 + 1] *= factor[half] * r.y;
-                    }
-                    continue;
-                }
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int j = tokens + acc_col(lane, e / 2) + e % 2;
-                    const float gj = sm.gates.hi[j], weight = sm.gates.beta[j];
-                    float* const s = e / 2 ? right : left;
-#pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        s[half * 2 + e % 2] *=
-                            j <= i[half] ? ptx::exp2_approx(g[half] - gj) * weight * row_weight[half] : 0.f;
-                }
-            }
-        };
-
         if constexpr (isa == Isa::hopper) {
             static_assert(KeyTerms == 1, "two-term keys leave no room for a second block on the multiprocessor");
             Acc scores;  // weighed while P H_c is under way
@@ -249,7 +265,10 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
             multiply_by_state();
             products_commit<isa>();
             products_wait<isa, 1>(scores);
-            weigh_scores(scores.c, 0);
+            {
+                const float row_weight[2] = {of_row(own_weight, 0, lane), of_row(own_weight, 1, lane)};
+                weigh_scores(scores.c, 0, row_weight, lane, first_row);
+            }
             Operand<1> weights;
             acc_operand(weights, scores);
             products_wait<isa, 0>(ap[0], ap[KTiles - 1]);
@@ -274,7 +293,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
                         for (int t = 0; t < KeyTerms; ++t)
                             mma_ABt_step(scores, p[kt].term[0].r[k], keys + t * kPanel, k, lane);
                     }
-                weigh_scores(scores, first);
+                const float row_weight[2] = {of_row(own_weight, 0, lane), of_row(own_weight, 1, lane)};
+                weigh_scores(scores, first, row_weight, lane, first_row);
 #pragma unroll
                 for (int k = 0; k < kTokens / 16; ++k) {
                     uint32_t hi[4], lo[4];
@@ -291,6 +311,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         }
 
         // A p in true units (of the stored p), and p.Ap.
+        const LambPair* lane_lamb = lamb_of_lane();
         float pAp[2] = {0.f, 0.f};
         const float row_mu[2] = {mu_of_row(0), mu_of_row(1)};
 #pragma unroll
@@ -314,6 +335,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         const float alpha[2] = {of_row(own_alpha, 0, lane), of_row(own_alpha, 1, lane)};
 
         // r -= alpha Ap, r.z.
+        lane_lamb = lamb_of_lane();
         rz[0] = rz[1] = 0.f;
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt)
@@ -333,6 +355,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         // x += alpha p and p = z + beta p, in its new scale; the direction of a row that has ended is zero.
         const float beta = row.advance(own_sum(rz, lane), tol_squared);
         direction = direction_scale(row.pp, inverse_smallest_lamb);
+        lane_lamb = lamb_of_lane();
         const float own_add = row.active ? direction : 0.f, own_keep = beta * direction * inverse_direction;
         const float add[2] = {of_row(own_add, 0, lane), of_row(own_add, 1, lane)};
         const float keep[2] = {of_row(own_keep, 0, lane), of_row(own_keep, 1, lane)};
@@ -355,46 +378,121 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
             }
     }
 
-    // Where the results go is found anew rather than kept.
-    const unsigned block = blockIdx.x ^ zero_for_next;
+    // Where this thread is and where its results go is found anew rather than kept through the steps.
+    const unsigned block = blockIdx.x ^ zero_for_next, thread = threadIdx.x ^ zero_for_next;
+    const int end_lane = thread % 32, end_first_row = thread / 32 * 16;
     const int to_head = block % a.heads;
     const Chunk to_write = find_chunk(a.problem, block / a.heads);
-    float* to[2];
-    uint16_t* to_rounded[2];
-    float scale[2];
-    int columns[2];  // this lane's, from its first one on
+    Acc x[KTiles];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int t = first_row + acc_row(lane, half), col = acc_col(lane, 0);
-        to[half] = static_cast<float*>(a.x.data) + row_offset(a.x, to_write, t, to_head) + col;
-        to_rounded[half] = static_cast<uint16_t*>(a.rounded.data) + row_offset(a.rounded, to_write, t, to_head) + col;
-        scale[half] = second_power(of_row(own_scales, half, lane));
-        columns[half] = t < to_write.length ? padded_width(a.x) - col : 0;
+        const int t = end_first_row + acc_row(end_lane, half), col = acc_col(end_lane, 0);
+        float* const to = static_cast<float*>(a.x.data) + row_offset(a.x, to_write, t, to_head) + col;
+        uint16_t* const to_rounded =
+            static_cast<uint16_t*>(a.rounded.data) + row_offset(a.rounded, to_write, t, to_head) + col;
+        const float scale = scales_of_row(own_scales, half, end_lane).rhs();
+        const int columns = t < to_write.length ? padded_width(a.x) - col : 0;  // this end_lane's, from its first one on
+#pragma unroll
+        for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                const int i = kt * 8 + n;
+                const float2 v = reinterpret_cast<const float2*>(&sm.x[i * kThreads + thread])[half];
+                x[kt].c[n][half * 2] = v.x * scale, x[kt].c[n][half * 2 + 1] = v.y * scale;
+                if (i * 8 >= columns) continue;
+                *reinterpret_cast<float2*>(to + i * 8) = {x[kt].c[n][half * 2], x[kt].c[n][half * 2 + 1]};
+                if (a.rounded.data)
+                    *reinterpret_cast<uint32_t*>(to_rounded + i * 8) =
+                        pack(a.rounded.dtype, x[kt].c[n][half * 2], x[kt].c[n][half * 2 + 1]);
+            }
         const int64_t out = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + to_head;
-        if (lane % 4 == half && t < to_write.length) {
+        if (end_lane % 4 == half && t < to_write.length) {
             if (a.steps) a.steps[out] = row.steps;
             if (a.bound) a.bound[out] = sqrtf(row.bound_squared());
         }
     }
-#pragma unroll 4
-    for (int i = 0; i < KTiles * 8; ++i) {
-        const float4 x = sm.x[i * kThreads + threadIdx.x];
-        const float2 rows[2] = {{x.x * scale[0], x.y * scale[0]}, {x.z * scale[1], x.w * scale[1]}};
+
+    if constexpr (ReadOut) {
+        // V comes in the place of x and G in that of H, while X K' is worked on.
+        const int out_tiles = (a.problem.V + kChunk - 1) / kChunk;
+        const int64_t g_place = state_tile(a.states, block / a.heads, to_head, out_tiles + KTiles, 0);
+        __syncthreads();  // all steps have been taken
+        if (out_tiles == 1) {
+            fetch_rows<1, KeyTerms>(sm.values, a.values, to_write, to_head, 0);
+            ptx::cp_async_commit();
+            copy_panels_async<KTiles * 2>(sm.h, a.states.panels + g_place * KTiles * 2 * kPanel);
+        } else {
+            fetch_rows<2, KeyTerms>(sm.values, a.values, to_write, to_head, 0);
+            ptx::cp_async_commit();
+            copy_panels_async<2 * KTiles * 2>(sm.h, a.states.panels + g_place * KTiles * 2 * kPanel);
+        }
+        ptx::cp_async_commit();
+        const int end_own_row = end_first_row + acc_row(end_lane, end_lane & 1);
+        if (end_lane % 4 < 2) {  // the values' scales are to take the place of the keys' in the weights
+            const float inverse = pow2_inverse(own_scales.key());
+            sm.gates.beta[end_own_row] *= inverse;
+            sm.tile_weight[end_own_row] *= inverse;
+        }
+
+        float x_scale[2];
+        normalise_rows(x, x_scale, 4);
+        Operand<2> queries[KTiles];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (i * 8 >= columns[half]) continue;
-            *reinterpret_cast<float2*>(to[half] + i * 8) = rows[half];
-            if (a.rounded.data)
-                *reinterpret_cast<uint32_t*>(to_rounded[half] + i * 8) =
-                    pack(a.rounded.dtype, rows[half].x, rows[half].y);
+        for (int kt = 0; kt < KTiles; ++kt) acc_operand(queries[kt], x[kt]);
+        Acc scores;
+        products_begin<isa>(scores);
+        mma_ABt<isa, KeyTerms, false>(scores, queries[0], sm.keys, end_lane);
+        if constexpr (KTiles == 2) mma_ABt<isa, KeyTerms>(scores, queries[1], sm.keys + KeyTerms * kPanel, end_lane);
+        products_end<isa>(scores);
+
+        __syncthreads();  // the weights are without the keys' scales
+        ptx::cp_async_wait<1>();
+        const auto put_scale = [&](int t, float scale) { sm.gates.beta[t] *= scale, sm.tile_weight[t] *= scale; };
+        if (out_tiles == 1) convert_rows<1, KeyTerms>(sm.values, put_scale, a.values.dtype, 0);
+        else convert_rows<2, KeyTerms>(sm.values, put_scale, a.values.dtype, 0);
+        publish_shared<isa>();
+        __syncthreads();
+        float score_scale[2], start_scale[2];
+        Operand<2> weights;
+        {
+            float row_weight[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                row_weight[half] = x_scale[half] * (of_row(own_weight, half, end_lane) * scales_of_row(own_scales, half, end_lane).mu());
+                start_scale[half] = x_scale[half] * from_start[end_first_row + acc_row(end_lane, half)];
+            }
+            weigh_scores(scores.c, 0, row_weight, end_lane, end_first_row);
+            normalise_rows(scores, score_scale, 8);
+            acc_operand(weights, scores);
+        }
+        ptx::cp_async_wait<0>();
+        publish_shared<isa>();
+        __syncthreads();
+        const float* const g_scale = a.states.scales + g_place;
+#pragma unroll 1
+        for (int tile = 0; tile < out_tiles; ++tile) {
+            // The state's part in units of the scores', then these are added: one accumulator, to save registers.
+            const __half* const g = sm.h + tile * KTiles * 2 * kPanel;
+            Acc out;
+            products_begin<isa>(out);
+            mma_AB<isa, 2, false>(out, queries[0], g, end_lane);
+            if constexpr (KTiles == 2) mma_AB<isa, 2>(out, queries[1], g + 2 * kPanel, end_lane);
+            products_end<isa>(out);
+            scale_rows(out, start_scale[0] * g_scale[tile] * pow2_inverse(score_scale[0]),
+                       start_scale[1] * g_scale[tile] * pow2_inverse(score_scale[1]));
+            products_begin<isa>(out);
+            mma_AB<isa, KeyTerms>(out, weights, sm.values + tile * KeyTerms * kPanel, end_lane);
+            products_end<isa>(out);
+            scale_rows(out, score_scale[0], score_scale[1]);
+            store_strip(a.out, to_write, to_head, end_first_row, tile * kChunk, out, end_lane);
         }
     }
 }
 
 template <Isa isa, int KTiles, int KeyTerms>
 cudaError_t launch_solver(const SolveArgs& a, cudaStream_t stream) {
-    return launch(solve_kernel<isa, KTiles, KeyTerms>, a, a.problem.slots() * a.heads, sizeof(Shared<KTiles, KeyTerms>),
-                  stream);
+    return launch(a.out.data ? solve_kernel<isa, KTiles, KeyTerms, true> : solve_kernel<isa, KTiles, KeyTerms, false>, a,
+                  a.problem.slots() * a.heads, sizeof(Shared<KTiles, KeyTerms>), stream);
 }
 
 }  // namespace

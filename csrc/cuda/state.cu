@@ -2,11 +2,19 @@
 //
 // One block owns a column tile (64 columns of [G | H], all K rows) of one segment and head, in fp32 registers (four
 // warps for every 64 rows), and walks over the segment's chunks: store the state as hi + lo panels, then
-// S <- decay S + keys' (w values) on tensor cores. The weights and the keys' row scales go into the values, which are
-// split in two terms; 16-bit keys are exact in one. What the next chunk needs comes while this one is worked on.
+// S <- decay S + keys' (w values) on tensor cores. The weights go into the values, which are split in two terms; 16-bit
+// keys are exact in one. A step has two halves with a barrier after each:
+//   1. The products are under way, and the state goes out; then it takes in the products.
+//   2. This chunk's buffer is free, and the chunk after the next is sent for by cp.async. The next one has come, and is
+//      made into fp16 operands in its place.
+// Rows come to shared memory row by row, but warps convert them by columns. A warp's columns of the keys are its rows
+// of the state, so that their scale stays in the warp; every eight (or sixteen) columns of the values have a scale of
+// their own. So no scale needs a barrier before it can be used.
 //
 // Sequences of several segments take three launches: the same walk without storing gives every segment's own sum,
 // `combine` makes of these the states before the segments, and the walk starts from those.
+#include <type_traits>
+
 #include "chunk.cuh"
 
 namespace mesa {
@@ -16,20 +24,27 @@ enum class Pass { sums, states };
 
 template <int KTiles, int KeyTerms>
 struct Shared {
-    // Two of what the products of the last chunk may still be reading; with two terms there is no room.
-    static constexpr int kBuffers = KeyTerms == 1 ? 2 : 1;
-    __half keys[kBuffers][KTiles * KeyTerms * kPanel];
-    __half values[2 * kPanel];
-    __half staging[KTiles * 2 * kPanel];
-    ChunkGates gates[kBuffers];
-    float key_scale[kBuffers][kChunk];
-    float state_max[KTiles * 4], value_max[KTiles * 4];  // of each warp
+    __half keys[2][KTiles * KeyTerms * kPanel];  // of one chunk while the other's come
+    __half values[2][2 * kPanel];
+    __half staging[KTiles * 4][2][8 * kChunk];  // of each warp: eight rows of the state on their way out, hi and lo
+    // The next chunk's (written in the first half of a step, read in the second) ...
+    float weights[kChunk];
+    float decay, log_decay;
+    float state_max[KTiles * 4];  // of each warp's part of the state
+    // ... and this chunk's (the other way round).
+    alignas(16) float value_scale[8];  // of every eight columns
+    float state_scale;
 };
 
-__device__ __forceinline__ void store_warp_max(float* warp_max, float v) {
+// The largest of a warp's numbers, none of them negative or NaN: their bits are in the same order.
+__device__ __forceinline__ float warp_max(float v) {
+#if defined(MESA_EMULATE)
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, d));
-    if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = v;
+    return v;
+#else
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(v)));
+#endif
 }
 
 template <int Warps>
@@ -49,6 +64,200 @@ __device__ __forceinline__ float largest(const Acc& acc) {
     return m;
 }
 
+// ---- what a chunk's gates come to -------------------------------------------------------------------------------
+
+// In the registers of a warp: what the values of tokens 2 lane + {0, 1} are multiplied by, and the chunk's log2 decay.
+struct Weights {
+    float w[2], log_decay;
+};
+
+// Two tokens for each lane; `at` is the first one's place among the gates. Tokens past the end neither decay nor enter.
+__device__ __forceinline__ Weights chunk_weights(const Gates& gates, int64_t at, int length, bool reverse, float sign) {
+    const int lane = threadIdx.x % 32;
+    float beta[2] = {0.f, 0.f};
+    double sum[2] = {0., 0.};
+    at += lane * 2 * gates.heads;
+#pragma unroll
+    for (int i = 0; i < 2; ++i, at += gates.heads)
+        if (lane * 2 + i < length) {
+            const float g = gates.g[at];
+            sum[i] = (g < kSmallestLogDecay ? kSmallestLogDecay : g) * 1.4426950408889634;  // leaves NaN
+            beta[i] = gates.beta[at];
+        }
+    double total = sum[0] + sum[1];
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const double other = __shfl_up_sync(0xffffffffu, total, d);
+        if (lane >= d) total += other;
+    }
+    const double last[2] = {total - sum[1], total}, all = __shfl_sync(0xffffffffu, total, 31);
+    Weights out;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        out.w[i] = sign * (reverse ? ptx::exp2_approx(static_cast<float>(last[i]))
+                                   : ptx::exp2_approx(static_cast<float>(all - last[i])) * beta[i]);
+    out.log_decay = static_cast<float>(all);
+    return out;
+}
+
+// ---- rows -------------------------------------------------------------------------------------------------------
+
+// Sends for the rows of one chunk after the other, columns col0 .. col0 + 64 Panels - 1, as fetch_rows does.
+template <int Panels, int Terms, int Threads>
+struct RowWalk {
+    static constexpr int kRowsAtOnce = Threads / 8;
+    const char* at;  // this thread's first piece of the chunk that comes next
+    int left;        // bytes from there to the end of the width
+
+    __device__ __forceinline__ RowWalk(const Rows& m, const Chunk& first, int head, int col0) {
+        const int size = m.dtype == DType::f32 ? 4 : 2, part = threadIdx.x % 8 * 16;
+        at = static_cast<const char*>(m.data) + (row_offset(m, first, threadIdx.x / 8, head) + col0) * size + part;
+        left = (m.width - col0) * size - part;
+    }
+
+    template <bool Float32>
+    __device__ __forceinline__ void fetch(__half* panels, int64_t token_stride, int length, bool reverse) {
+        constexpr int kSize = Float32 ? 4 : 2, kElements = 16 / kSize;
+        const int first = threadIdx.x / 8, part = threadIdx.x % 8;
+        const char* row = at;
+#pragma unroll
+        for (int i = 0; i < kChunk / kRowsAtOnce; ++i, row += token_stride * (kRowsAtOnce * kSize))
+#pragma unroll
+            for (int piece = 0; piece < Panels * (kChunk / kElements / 8); ++piece) {
+                const int col = (piece * 8 + part) * kElements % kChunk & ~7, term = Float32 ? part % 2 : 0;
+                __half* const to = panels + (piece * 8 * kElements / kChunk * Terms + term) * kPanel;
+                ptx::cp_async16_or_zero(to + i * kRowsAtOnce * kChunk + panel_offset(first, col),
+                                        row + piece * 8 * 16,
+                                        first + i * kRowsAtOnce < length && piece * 8 * 16 < left);
+            }
+        at += (reverse ? -token_stride : token_stride) * (kChunk * kSize);
+    }
+};
+
+// Eight elements as fetched.
+template <bool Float32>
+__device__ __forceinline__ Raw8<Float32> raw_piece(const __half* panel, int row, int col) {
+    Raw8<Float32> raw;
+#pragma unroll
+    for (int w = 0; w < (Float32 ? 2 : 1); ++w)
+        raw.words[w] = *reinterpret_cast<const uint4*>(panel + w * kPanel + panel_offset(row, col));
+    return raw;
+}
+
+// The largest magnitude among eight elements, like max_abs: NaNs do not count.
+template <DType dtype>
+__device__ __forceinline__ float largest(const Raw8<dtype == DType::f32>& raw) {
+    if constexpr (dtype == DType::f32) {
+        float v[8];
+        convert8<true>(v, raw, dtype);
+        return max_abs(v);
+    } else {
+        using Pair = std::conditional_t<dtype == DType::f16, __half2, __nv_bfloat162>;
+        const uint32_t words[4] = {raw.words[0].x, raw.words[0].y, raw.words[0].z, raw.words[0].w};
+        const auto pair = [&](int i) { return reinterpret_cast<const Pair&>(words[i]); };
+        if constexpr (dtype == DType::f16) {  // where magnitudes cost nothing
+            Pair m = __habs2(pair(0));
+#pragma unroll
+            for (int i = 1; i < 4; ++i) m = __hmax2(m, __habs2(pair(i)));
+            return fmaxf(fmaxf(0.f, __low2float(m)), __high2float(m));
+        } else {
+            Pair high = pair(0), low = pair(0);
+#pragma unroll
+            for (int i = 1; i < 4; ++i) high = __hmax2(high, pair(i)), low = __hmin2(low, pair(i));
+            const Pair m = __hmax2(__habs2(high), __habs2(low));
+            return fmaxf(fmaxf(0.f, __low2float(m)), __high2float(m));
+        }
+    }
+}
+
+// A warp's part of the keys or values is scaled by a power of two so that the largest magnitude lies in [2^14, 2^15):
+// what is up to 2^29 times smaller is still a normal fp16 number. Below kSmallestMax scales grow no further, which
+// leaves their product with a weight finite.
+constexpr int kTarget = 14;
+constexpr float kSmallestMax = 0x1p-100f;
+
+// Eight bf16 numbers times a power of two.
+__device__ __forceinline__ Raw8<false> scaled(const Raw8<false>& raw, float scale) {
+    uint32_t words[4] = {raw.words[0].x, raw.words[0].y, raw.words[0].z, raw.words[0].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        __nv_bfloat162& pair = reinterpret_cast<__nv_bfloat162&>(words[i]);
+        pair = __hmul2(pair, __float2bfloat162_rn(scale));
+    }
+    return {{{words[0], words[1], words[2], words[3]}}};
+}
+
+// The sixteen columns of a warp, all 64 rows, of a panel of keys; returns what undoes their scale.
+template <DType dtype, int Terms>
+__device__ __forceinline__ float convert_keys(__half* panel, int col0, int lane) {
+    constexpr bool kFloat32 = dtype == DType::f32;
+    Raw8<kFloat32> raw[2][2];
+    float amax = kSmallestMax;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+            raw[i][p] = raw_piece<kFloat32>(panel, i * 32 + lane, col0 + p * 8);
+            amax = fmaxf(amax, largest<dtype>(raw[i][p]));
+        }
+    const Pow2Scale s = scale_to(warp_max(amax), kTarget);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+            float v[8];
+            if constexpr (dtype == DType::bf16) {  // exact there, in half the multiplications
+                convert8<false>(v, scaled(raw[i][p], s.up), dtype);
+                store_panel8<Terms>(panel, i * 32 + lane, col0 + p * 8, v, 1.f);
+            } else {
+                convert8<kFloat32>(v, raw[i][p], dtype);
+                store_panel8<Terms>(panel, i * 32 + lane, col0 + p * 8, v, s.up);
+            }
+        }
+    return s.down;
+}
+
+// A warp's share of the columns of the values' panels, all 64 rows, times the weights.
+template <DType dtype, int Warps>
+__device__ __forceinline__ void convert_values(__half* panels, float* scale, const float* weights, int warp, int lane) {
+    constexpr bool kFloat32 = dtype == DType::f32;
+    constexpr int kPieces = 8 / Warps;
+    Raw8<kFloat32> raw[2][kPieces];
+    float weight[2];
+    float amax = kSmallestMax;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float row_max = 0.f;
+#pragma unroll
+        for (int p = 0; p < kPieces; ++p) {
+            raw[i][p] = raw_piece<kFloat32>(panels, i * 32 + lane, (warp * kPieces + p) * 8);
+            row_max = fmaxf(row_max, largest<dtype>(raw[i][p]));
+        }
+        weight[i] = weights[i * 32 + lane];
+        amax = fmaxf(amax, row_max * fabsf(weight[i]));
+    }
+    const Pow2Scale s = scale_to(warp_max(amax), kTarget);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int p = 0; p < kPieces; ++p) {
+            float v[8];
+            convert8<kFloat32>(v, raw[i][p], dtype);
+            store_panel8<2>(panels, i * 32 + lane, (warp * kPieces + p) * 8, v, weight[i] * s.up);
+        }
+    if (lane < kPieces) scale[warp * kPieces + lane] = s.down;
+}
+
+// f(std::integral_constant<DType, dtype>), so that f is compiled for each.
+template <bool Float32, typename F>
+__device__ __forceinline__ void with_dtype(DType dtype, const F& f) {
+    if (Float32 && dtype == DType::f32) f(std::integral_constant<DType, Float32 ? DType::f32 : DType::f16>());
+    else if (dtype == DType::f16) f(std::integral_constant<DType, DType::f16>());
+    else f(std::integral_constant<DType, DType::bf16>());
+}
+
+// ---- states -----------------------------------------------------------------------------------------------------
+
 // Element (row, column) of the K x width matrix that holds this column tile's part of a start or end state.
 __device__ __forceinline__ int64_t state_offset(int K, int width, int row, int col, bool transposed) {
     return transposed ? int64_t(col) * K + row : int64_t(row) * width + col;
@@ -62,14 +271,14 @@ __device__ __forceinline__ float4* segment_part(const StateArgs& a, int64_t segm
 }
 
 template <Pass pass, Isa isa, int KTiles, int KeyTerms>
-__global__ void __launch_bounds__(KTiles * kThreads, 2) chunk_states_kernel(const __grid_constant__ StateArgs a) {
+__global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
+    chunk_states_kernel(const __grid_constant__ StateArgs a) {
     if constexpr (isa == Isa::hopper && !ptx::kHasHopper) return;  // never launched
     MESA_DYNAMIC_SHARED(shared_bytes);
     auto& sm = *reinterpret_cast<Shared<KTiles, KeyTerms>*>(shared_bytes);
-    constexpr int kBlock = KTiles * kThreads, kRowsAtOnce = kBlock / 8, kPasses = kChunk / kRowsAtOnce;
-    constexpr bool kAhead =
-        KeyTerms == 1;  // the next chunk comes to registers during the products (two terms: too many)
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    constexpr int kBlock = KTiles * kThreads, kWarps = kBlock / 32;
+    const int lane = threadIdx.x % 32;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // so that ptxas knows it to be the warp's
     const int row_tile = warp / 4, first_row = warp % 4 * 16;  // of this warp's 16 rows
     const int value_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = value_tiles + KTiles;
     const int tile = blockIdx.x % column_tiles;
@@ -107,6 +316,28 @@ __global__ void __launch_bounds__(KTiles * kThreads, 2) chunk_states_kernel(cons
         a.lamb_pairs[head * (KTiles * kChunk / 2) + threadIdx.x] = pair;
     }
 
+    // Step i of the walk is at chunk first_index + i or, reverse, - i. Only a sequence's last chunk may be short.
+    const int steps = end - first, first_index = a.reverse ? end - 1 : first;
+    const int last_step = a.reverse ? first_index - (chunks - 1) : chunks - 1 - first_index;
+    const int last_length = static_cast<int>(sequence.length - int64_t(chunks - 1) * kChunk);
+    const auto length_at = [&](int step) { return step == last_step ? last_length : kChunk; };
+
+    // Rows on their way; the values may be of any dtype where the keys are float32.
+    const Chunk first_chunk = chunk_of(sequence, first_index);
+    RowWalk<KTiles, KeyTerms, kBlock> key_rows(a.keys, first_chunk, head, 0);
+    RowWalk<1, 2, kBlock> value_rows(values, first_chunk, head, col0);
+    const auto fetch = [&](int step) {
+        if (step < steps) {
+            const int length = length_at(step);
+            key_rows.template fetch<KeyTerms == 2>(sm.keys[step % 2], a.keys.token_stride, length, a.reverse);
+            if (KeyTerms == 2 && values.dtype == DType::f32)
+                value_rows.template fetch<KeyTerms == 2>(sm.values[step % 2], values.token_stride, length, a.reverse);
+            else value_rows.template fetch<false>(sm.values[step % 2], values.token_stride, length, a.reverse);
+        }
+        ptx::cp_async_commit();
+    };
+    if (steps > 0) fetch(0), fetch(1);
+
     Acc state;
     zero(state);
     if (pass == Pass::states && !is_first) {
@@ -130,120 +361,124 @@ __global__ void __launch_bounds__(KTiles * kThreads, 2) chunk_states_kernel(cons
             }
     }
 
-    struct {
-        GatePair gates;
-        RowPart<KTiles, KeyTerms == 2> keys[kPasses];
-        RowPart<1, KeyTerms == 2> values[kPasses];
-    } ahead;
-    const auto fetch = [&](const Chunk& chunk) {
-        if (warp == 0) ahead.gates = fetch_gates(a.gates, a.problem, chunk, head);
-#pragma unroll
-        for (int i = 0; i < kPasses; ++i) {
-            const int t = i * kRowsAtOnce + threadIdx.x / 8;
-            ahead.keys[i].fetch(a.keys, chunk, head, t, 0);
-            ahead.values[i].fetch(values, chunk, head, t, col0);
+    // Each warp has the weights of one of kWarps chunks in its registers, and hands them over when their turn comes.
+    const int64_t first_gate =
+        (sequence.batch * a.problem.T + first_chunk.token) * a.gates.heads + head / a.gates.group;
+    Weights weights;
+    const auto hand_over_weights = [&](int step) {
+        if (step % kWarps == 0) {
+            const int own = step + warp;
+            weights = chunk_weights(a.gates, first_gate + int64_t(a.reverse ? -own : own) * kChunk * a.gates.heads,
+                                    own < steps ? length_at(own) : 0, a.reverse, sign);
         }
+        if (step % kWarps != warp) return;
+        *reinterpret_cast<float2*>(sm.weights + lane * 2) = {weights.w[0], weights.w[1]};
+        if (lane == 0) sm.log_decay = weights.log_decay, sm.decay = ptx::exp2_approx(weights.log_decay);
     };
-    const auto chunk_at = [&](int step) { return chunk_of(sequence, a.reverse ? end - 1 - step : first + step); };
-    if (kAhead && first < end) fetch(chunk_at(0));
 
-    float log_decay = 0.f;  // of the segment
-    for (int step = 0; step < end - first; ++step) {
-        const Chunk chunk = chunk_at(step);
-        const int buffer = kAhead ? step % 2 : 0;
-        ChunkGates& gates = sm.gates[buffer];
-        __half* const keys = sm.keys[buffer];
-        float* const key_scale = sm.key_scale[buffer];
+    // The place of the first state and the way to the next.
+    const int64_t place = state_tile(a.states, sequence.first_slot + first_index, head, column_tiles, tile);
+    const int places = (a.reverse ? -1 : 1) * a.states.heads * column_tiles;
 
-        if (step + 1 < end - first) {
-            prefetch_rows<kBlock>(a.keys, chunk_at(step + 1), head, 0, K);
-            prefetch_rows<kBlock>(values, chunk_at(step + 1), head, col0, kChunk);
-        }
-
-        // The chunk's keys and gates, and the size of the state as it meets them.
-        if constexpr (kAhead) {
-            if (warp == 0) store_gates(gates, ahead.gates);
-#pragma unroll
-            for (int i = 0; i < kPasses; ++i)
-                ahead.keys[i].template store<KeyTerms>(keys, key_scale, i * kRowsAtOnce + threadIdx.x / 8, a.keys.dtype,
-                                                       0);
-        } else {
-            __syncthreads();  // the last products are done
-            load_gates(gates, a.gates, a.problem, chunk, head);
-            load_rows<KTiles, KeyTerms, true, kBlock>(keys, key_scale, a.keys, chunk, head, 0, 0);
-        }
-        if (pass == Pass::states) store_warp_max(sm.state_max, largest(state));
-        __syncthreads();
-
-        // The values with all weights; the state into its place in shared memory.
-        float v[kPasses][8];
-        float amax = 0.f;
-#pragma unroll
-        for (int i = 0; i < kPasses; ++i) {
-            const int t = i * kRowsAtOnce + threadIdx.x / 8;
-            if constexpr (kAhead) {
-                convert8<false>(v[i], ahead.values[i].pieces[0], values.dtype);
-            } else if (t < chunk.length) {
-                load8(v[i], values, row_offset(values, chunk, t, head), col0 + part_column());
-            } else {
-#pragma unroll
-                for (int e = 0; e < 8; ++e) v[i][e] = 0.f;
-            }
-            const float weight = a.reverse ? gates.decay_from_start(t) : gates.decay(kChunk - 1, t) * gates.beta[t];
-            const float factor = sign * weight * key_scale[t];
-#pragma unroll
-            for (int e = 0; e < 8; ++e) v[i][e] *= factor;
-            amax = fmaxf(amax, max_abs(v[i]));
-        }
-        store_warp_max(sm.value_max, amax);
-        const int64_t slot = sequence.first_slot + (a.reverse ? end - 1 - step : first + step);
-        const int64_t place = state_tile(a.states, slot, head, column_tiles, tile);
-        if constexpr (pass == Pass::states) {
+    // The second half of a step is for what the next one needs.
+    float decay = 1.f, log_decay = 0.f, key_scale = 1.f;
+    const auto prepare = [&](int step) {
+        __half* const keys = sm.keys[step % 2] + row_tile * KeyTerms * kPanel;
+        if constexpr (KeyTerms == 2) key_scale = convert_keys<DType::f32, 2>(keys, first_row, lane);
+        else if (a.keys.dtype == DType::bf16) key_scale = convert_keys<DType::bf16, 1>(keys, first_row, lane);
+        with_dtype<KeyTerms == 2>(values.dtype, [&](auto dtype) {
+            convert_values<decltype(dtype)::value, kWarps>(sm.values[step % 2], sm.value_scale, sm.weights, warp, lane);
+        });
+        decay = sm.decay, log_decay = sm.log_decay;
+        if (pass == Pass::states && warp == step % kWarps && lane == 0) {  // the warps take turns
             const Pow2Scale s = scale_to(block_max(sm.state_max), 13);
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    uint32_t hi, lo;
-                    split(state.c[i][half * 2] * s.up, state.c[i][half * 2 + 1] * s.up, hi, lo);
-                    const int at =
-                        row_tile * 2 * kPanel + panel_offset(first_row + acc_row(lane, half), acc_col(lane, i));
-                    *reinterpret_cast<uint32_t*>(sm.staging + at) = hi;
-                    *reinterpret_cast<uint32_t*>(sm.staging + at + kPanel) = lo;
-                }
-            if (threadIdx.x == 0) a.states.scales[place] = s.down;
+            sm.state_scale = s.up;
+            a.states.scales[place + int64_t(places) * step] = s.down;
         }
-        __syncthreads();
-
-        if constexpr (pass == Pass::states)
-            copy_panels<KTiles * 2, kBlock>(a.states.panels + place * KTiles * 2 * kPanel, sm.staging);
-        const Pow2Scale vs = scale_to(block_max(sm.value_max), 8);
-#pragma unroll
-        for (int i = 0; i < kPasses; ++i)
-            store_panel8<2>(sm.values, i * kRowsAtOnce + threadIdx.x / 8, part_column(), v[i], vs.up);
         publish_shared<isa>();
-        if (kAhead && step + 1 < end - first) fetch(chunk_at(step + 1));
-        __syncthreads();
+    };
 
-        const float chunk_log_decay = gates.hi[kChunk - 1] + gates.lo[kChunk - 1],
-                    decay = ptx::exp2_approx(chunk_log_decay);
-        log_decay += chunk_log_decay;
+    // Where this warp's part of the state goes.
+    __half* panel_place =
+        a.states.panels + (place * KTiles + row_tile) * 2 * kPanel + first_row * kChunk + lane * 8;
+    const auto store_state = [&] {
+        const int own = ptx::opaque(lane);  // the addresses are not kept
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            __syncwarp();  // the rows before these have been read
+            const float scale = sm.state_scale;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                uint32_t hi, lo;
+                split(state.c[i][half * 2] * scale, state.c[i][half * 2 + 1] * scale, hi, lo);
+                const int at = panel_offset(own / 4, acc_col(own, i));
+                *reinterpret_cast<uint32_t*>(sm.staging[warp][0] + at) = hi;
+                *reinterpret_cast<uint32_t*>(sm.staging[warp][1] + at) = lo;
+            }
+            __syncwarp();
+#pragma unroll
+            for (int term = 0; term < 2; ++term)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    *reinterpret_cast<uint4*>(panel_place + term * kPanel + half * 8 * kChunk + i * 32 * 8) =
+                        *reinterpret_cast<const uint4*>(sm.staging[warp][term] + (i * 32 + own) * 8);
+        }
+        panel_place += int64_t(places) * (KTiles * 2 * kPanel);
+    };
+
+    float segment_log_decay = 0.f;
+    if (steps > 0) {
+        hand_over_weights(0);
+        if (pass == Pass::states) {
+            const float amax = warp_max(largest(state));
+            if (lane == 0) sm.state_max[warp] = amax;
+        }
+        ptx::cp_async_wait<1>();
+        __syncthreads();
+        prepare(0);
+        __syncthreads();
+    }
+    for (int step = 0; step < steps; ++step) {
         Acc add;
         zero(add);
         products_begin<isa>(add);
-        mma_panels<isa, true, false, KeyTerms, 2>(add, keys + row_tile * KeyTerms * kPanel, first_row, sm.values, lane);
-        products_end<isa>(add);
+        mma_panels<isa, true, false, KeyTerms, 2>(add, sm.keys[step % 2] + row_tile * KeyTerms * kPanel, first_row,
+                                                  sm.values[step % 2], lane);
+        products_commit<isa>();
+        if (pass == Pass::states) store_state();
+        products_wait<isa, 0>(add);
+
+        segment_log_decay += log_decay;
+        float amax = 0.f;
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
+        for (int i = 0; i < 8; ++i) {
+            const float scale = sm.value_scale[i] * key_scale;
 #pragma unroll
-            for (int e = 0; e < 4; ++e) state.c[i][e] = decay * state.c[i][e] + vs.down * add.c[i][e];
+            for (int e = 0; e < 4; ++e) {
+                state.c[i][e] = decay * state.c[i][e] + scale * add.c[i][e];
+                amax = fmaxf(amax, fabsf(state.c[i][e]));
+            }
+        }
+        if (step + 1 == steps) break;
+        if (pass == Pass::states) {
+            amax = warp_max(amax);
+            if (lane == 0) sm.state_max[warp] = amax;
+        }
+        hand_over_weights(step + 1);
+        ptx::cp_async_wait<0>();  // the next chunk has come
+        __syncthreads();
+
+        fetch(step + 2);
+        prepare(step + 1);
+        __syncthreads();
     }
 
     if constexpr (pass == Pass::sums) {
         float4* const part = segment_part(a, segment, head, column_tiles, tile);
 #pragma unroll
         for (int i = 0; i < 8; ++i) part[i * kBlock] = {state.c[i][0], state.c[i][1], state.c[i][2], state.c[i][3]};
-        if (tile == 0 && threadIdx.x == 0) a.segment_decays[segment * a.heads + head] = ptx::exp2_approx(log_decay);
+        if (tile == 0 && threadIdx.x == 0)
+            a.segment_decays[segment * a.heads + head] = ptx::exp2_approx(segment_log_decay);
     } else {
         float* to = source ? a.end_kk : a.end_kv;
         if (!to || !is_last) return;

@@ -306,22 +306,36 @@ __device__ __forceinline__ Pow2Scale scale_to(float amax, int target) {
     return {pow2(e), pow2(-e)};
 }
 
-// Scales the two rows of a strip by powers of two to fit fp16 and returns the inverse factors.
-__device__ __forceinline__ void normalise_rows(Acc& acc, float (&down)[2], int target) {
+__device__ __forceinline__ void scale_rows(Acc& acc, float first, float second) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        acc.c[n][0] *= first, acc.c[n][1] *= first;
+        acc.c[n][2] *= second, acc.c[n][3] *= second;
+    }
+}
+
+// Scales the two rows of a strip, 64 Tiles columns wide, by powers of two to fit fp16 and returns the inverse factors.
+template <int Tiles>
+__device__ __forceinline__ void normalise_rows(Acc (&acc)[Tiles], float (&down)[2], int target) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float amax = 0.f;
 #pragma unroll
-        for (int n = 0; n < 8; ++n)
-            amax = fmaxf(amax, fmaxf(fabsf(acc.c[n][half * 2]), fabsf(acc.c[n][half * 2 + 1])));
+        for (int i = 0; i < Tiles; ++i)
+#pragma unroll
+            for (int n = 0; n < 8; ++n)
+                amax = fmaxf(amax, fmaxf(fabsf(acc[i].c[n][half * 2]), fabsf(acc[i].c[n][half * 2 + 1])));
         const Pow2Scale s = scale_to(quad_max(amax), target);
         down[half] = s.down;
 #pragma unroll
-        for (int n = 0; n < 8; ++n) {
-            acc.c[n][half * 2] *= s.up;
-            acc.c[n][half * 2 + 1] *= s.up;
-        }
+        for (int i = 0; i < Tiles; ++i)
+#pragma unroll
+            for (int n = 0; n < 8; ++n) acc[i].c[n][half * 2] *= s.up, acc[i].c[n][half * 2 + 1] *= s.up;
     }
+}
+
+__device__ __forceinline__ void normalise_rows(Acc& acc, float (&down)[2], int target) {
+    normalise_rows(reinterpret_cast<Acc(&)[1]>(acc), down, target);
 }
 
 }  // namespace mesa

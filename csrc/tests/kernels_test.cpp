@@ -352,20 +352,16 @@ struct Pass {
                                    false, segment_sums.data, segment_decays.data, lamb.data, lamb_pairs.data},
                                   nullptr), "chunk states");
     }
-    void solve(const Rows& rhs, const Output& to, const Rows& rounded) const {
-        check(launch_solve({problem, rhs, keys(), gates(), lamb_pairs.data, states(), to.rows, rounded, steps.data,
-                            bound.data, H, max_iterations, tolerance}, nullptr), "solve");
+    static constexpr Rows kNoRows{nullptr, 0, 0, 0, DType::f32, 0, 1};
+    void solve(const Rows& rhs, const Output& to, const Rows& rounded, const Rows& out) const {
+        check(launch_solve({problem, rhs, keys(), gates(), lamb_pairs.data, states(), to.rows, rounded, values(), out,
+                            steps.data, bound.data, H, max_iterations, tolerance}, nullptr), "solve");
     }
-    void solve_forward() const { solve(q.rows, x, {nullptr, 0, 0, 0, DType::f32, 0, 1}); }
-    void readout() const {
-        check(launch_readout({problem, x.rows, keys(), values(), gates(), states(), o.rows, H, false}, nullptr),
-              "readout");
+    void solve_forward() const { solve(q.rows, x, kNoRows, o.rows); }
+    void make_dx() const {
+        check(launch_dx({problem, d_o.rows, keys(), values(), gates(), states(), dx.rows, H}, nullptr), "dx");
     }
-    void readout_transposed() const {
-        check(launch_readout({problem, d_o.rows, values(), keys(), gates(), states(), dx.rows, H, true}, nullptr),
-              "transposed readout");
-    }
-    void solve_backward() const { solve(dx.rows, dq, rounded_rows()); }
+    void solve_backward() const { solve(dx.rows, dq, rounded_rows(), kNoRows); }
     void adjoint_states() const {
         check(launch_chunk_states({problem, x.rows, {d_o.rows, dq.rows}, gates(), with_states ? end_dkv.data : nullptr,
                                    with_states ? end_dkk.data : nullptr, dh_kv.data, dh_kk.data, adjoints(), H, H / HS,
@@ -397,9 +393,9 @@ struct Pass {
         void (Pass::*launch)() const;
     };
     static constexpr Stage stages[] = {
-        {"chunk states", &Pass::chunk_states}, {"solve", &Pass::solve_forward}, {"read-out", &Pass::readout},
-        {"dx", &Pass::readout_transposed}, {"solve (backward)", &Pass::solve_backward},
-        {"adjoint states", &Pass::adjoint_states}, {"gradients", &Pass::gradients}};
+        {"chunk states", &Pass::chunk_states}, {"solve and read-out", &Pass::solve_forward}, {"dx", &Pass::make_dx},
+        {"solve (backward)", &Pass::solve_backward}, {"adjoint states", &Pass::adjoint_states},
+        {"gradients", &Pass::gradients}};
 
     Results run() const {
         for (const Stage& stage : stages) (this->*stage.launch)();
