@@ -41,34 +41,37 @@ struct CgRow {
     T xp;       // x.Lambda p    } so that the stopping rule costs no reduction
     T xx;       // x.Lambda x, which grows from step to step
     T step;     // length of the step under way
-    int steps;
-    bool active;
+    int progress;  // steps taken, or the complement of their number once the row has ended
 
     CgRow() = default;
 
     // A NaN must come out as NaN, not as a silent zero: only a right-hand side that is exactly zero is done at once.
     MESA_HOST_DEVICE explicit CgRow(T first_rz)
-        : rz(first_rz), rz_stop(cg_noise_floor<T>() * first_rz), pp(first_rz), xp(0), xx(0), step(0), steps(0),
-          active(!(first_rz == T(0))) {}
+        : rz(first_rz), rz_stop(cg_noise_floor<T>() * first_rz), pp(first_rz), xp(0), xx(0), step(0),
+          progress(first_rz == T(0) ? ~0 : 0) {}
+
+    MESA_HOST_DEVICE bool active() const { return progress >= 0; }
+    MESA_HOST_DEVICE int steps() const { return active() ? progress : ~progress; }
 
     // Step length along p; a direction without positive curvature (rounding noise) ends the row instead.
     MESA_HOST_DEVICE T alpha(T pAp) {
-        if (pAp <= T(0)) active = false;
-        step = active ? cg_divide(rz, pAp) : T(0);
+        if (pAp <= T(0) && active()) progress = ~progress;
+        step = active() ? cg_divide(rz, pAp) : T(0);
         return step;
     }
 
     // Takes the new r.z after the step; returns beta. The row ends once |error|_Lambda <= tol |x|_Lambda is certain.
     MESA_HOST_DEVICE T advance(T new_rz, T tol_squared) {
-        if (!active) return T(0);
+        if (!active()) return T(0);
         xx += step * (T(2) * xp + step * pp);
         const T beta = cg_divide(new_rz, rz);
         xp = beta * (xp + step * pp);
         pp = new_rz + beta * beta * pp;
         rz = new_rz;
-        ++steps;
-        active = rz > tol_squared * xx && rz > rz_stop;  // false for NaN
-        return active ? beta : T(0);
+        ++progress;
+        if (rz > tol_squared * xx && rz > rz_stop) return beta;
+        progress = ~progress;  // for NaN, too
+        return T(0);
     }
 
     // Square of the guaranteed relative error of x in the Lambda norm.

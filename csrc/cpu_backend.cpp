@@ -106,7 +106,7 @@ ForwardResult forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q
                 o_heads.store(chunk.token, chunk.count, out, read.o);
                 for (int i = 0; i < chunk.count; ++i) {
                     const int64_t at = (chunk.token + i) * p.HO + out;
-                    steps.data_ptr<int>()[at] = solver.rows[i].steps;
+                    steps.data_ptr<int>()[at] = solver.rows[i].steps();
                     bound.data_ptr<T>()[at] = std::sqrt(solver.rows[i].bound_squared());
                 }
             }

@@ -116,7 +116,7 @@ struct SolveArgs {
     const LambPair* lamb;  // [heads of the state, K / 2 padded to a multiple of 32 (with ones)]
     SplitStates states;
     Rows x;        // float32; may be rhs itself
-    Rows rounded;  // x in another dtype too, or data null
+    Rows rounded;  // x in 16 bits too, or data null
     Rows values;
     Rows out;  // or data null
     int* steps;    // [B, T, heads] or null
@@ -133,7 +133,7 @@ struct DxArgs {
     Rows d_o, keys, values;
     Gates gates;
     SplitStates states;
-    Rows dx;
+    Rows dx;  // float32
     int heads;
 };
 cudaError_t launch_dx(const DxArgs&, cudaStream_t);

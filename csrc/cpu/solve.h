@@ -78,7 +78,7 @@ struct Solver {
             const T scale = std::ldexp(T(1), -exponents[i]);
             rows[i] = CgRow<T>(kernel.cg_start(n, scale, inverse_lamb, p.row(i), x.row(i), b.row(i)));
             curvature[i] = 0;
-            if (rows[i].active) active.push_back(i);
+            if (rows[i].active()) active.push_back(i);
         }
         const T tol2 = static_cast<T>(stop.tol * stop.tol);
         const View<T> k = block ? block->k() : View<T>{}, kt = block ? block->kt() : View<T>{};
@@ -88,7 +88,7 @@ struct Solver {
                 kernel.cg_step(n, lamb, inverse_lamb, p.row(i), ap.row(i), x.row(i), b.row(i), rows[i], tol2);
                 curvature[i] = std::max(curvature[i], T(1) / rows[i].step);
             }
-            active.erase(std::remove_if(active.begin(), active.end(), [&](int i) { return !rows[i].active; }),
+            active.erase(std::remove_if(active.begin(), active.end(), [&](int i) { return !rows[i].active(); }),
                          active.end());
         }
         for (int i = 0; i < count; ++i) kernel.scale(n, std::ldexp(T(1), exponents[i]), x.row(i), x.row(i));

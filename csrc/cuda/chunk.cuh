@@ -142,17 +142,6 @@ struct Raw8 {
     uint4 words[Float32 ? 2 : 1];
 };
 
-// Columns col .. col + 7 (col a multiple of 8); zero past the width and its padding.
-template <bool Float32>
-__device__ __forceinline__ Raw8<Float32> fetch8(const Rows& m, int64_t at, int col) {
-    Raw8<Float32> raw = {};
-    if (col >= m.width) return raw;
-    const uint4* p = reinterpret_cast<const uint4*>(static_cast<const char*>(m.data) + (at + col) * (Float32 ? 4 : 2));
-#pragma unroll
-    for (int i = 0; i < (Float32 ? 2 : 1); ++i) raw.words[i] = p[i];
-    return raw;
-}
-
 template <bool Float32>
 __device__ __forceinline__ void convert8(float (&v)[8], const Raw8<Float32>& raw, DType dtype) {
 #pragma unroll
@@ -170,16 +159,6 @@ __device__ __forceinline__ void convert8(float (&v)[8], const Raw8<Float32>& raw
             }
         }
     }
-}
-
-template <bool Float32>
-__device__ __forceinline__ void load8(float (&v)[8], const Rows& m, int64_t at, int col) {
-    convert8<Float32>(v, fetch8<Float32>(m, at, col), m.dtype);
-}
-
-__device__ __forceinline__ void load8(float (&v)[8], const Rows& m, int64_t at, int col) {
-    if (m.dtype == DType::f32) load8<true>(v, m, at, col);
-    else load8<false>(v, m, at, col);
 }
 
 // Two neighbouring elements in 16 bits.
@@ -203,6 +182,7 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&v)[4], int lane) {
 }
 
 // A warp's 16 rows from first_row on, columns col0 .. col0 + 63.
+template <bool Float32>
 __device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int head, int first_row, int col0,
                                             const Acc& acc, int lane) {
 #pragma unroll
@@ -210,7 +190,7 @@ __device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int h
         const int t = first_row + acc_row(lane, half);
         const int64_t at = row_offset(m, c, t, head) + col0;
         const int columns = t < c.length ? padded_width(m) - col0 : 0;
-        if (m.dtype == DType::f32) {
+        if constexpr (Float32) {
             float* const to = static_cast<float*>(m.data) + at + acc_col(lane, 0);
 #pragma unroll
             for (int n = 0; n < 8; ++n)
@@ -226,11 +206,25 @@ __device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int h
                     pairs[i] = pack(m.dtype, acc.c[n + i][half * 2], acc.c[n + i][half * 2 + 1]);
                 quad_transpose(pairs, lane);
                 const int col = (n + lane % 4) * 8;
-                if (col < columns)
-                    *reinterpret_cast<uint4*>(to + col) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+                if (col < columns) *reinterpret_cast<uint4*>(to + col) = {pairs[0], pairs[1], pairs[2], pairs[3]};
             }
         }
     }
+}
+
+__device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int head, int first_row, int col0,
+                                            const Acc& acc, int lane) {
+    if (m.dtype == DType::f32) store_strip<true>(m, c, head, first_row, col0, acc, lane);
+    else store_strip<false>(m, c, head, first_row, col0, acc, lane);
+}
+
+// Asks for the rows of a chunk to come to the L2 cache.
+__device__ __forceinline__ void prefetch_rows(const Rows& m, const Chunk& c, int head) {
+    constexpr int kLine = 128, kLanes = kThreads / kChunk;  // bytes; threads for a row
+    const int t = threadIdx.x / kLanes, size = m.dtype == DType::f32 ? 4 : 2;
+    if (t >= c.length) return;
+    const char* const row = static_cast<const char*>(m.data) + row_offset(m, c, t, head) * size;
+    for (int at = threadIdx.x % kLanes * kLine; at < m.width * size; at += kLanes * kLine) ptx::prefetch_l2(row + at);
 }
 
 __device__ __forceinline__ float max_abs(const float (&v)[8]) {
@@ -254,9 +248,10 @@ __device__ __forceinline__ void store_panel8(__half* panel, int row, int col, co
     if constexpr (Terms == 2) *reinterpret_cast<uint4*>(panel + kPanel + at) = {lo[0], lo[1], lo[2], lo[3]};
 }
 
-// Rows come into panels in two moves, so that all that a block needs can be on its way at once: fetch_rows sends them by
-// cp.async to the very places of the panels that their elements will have, convert_rows makes fp16 of them there. Eight
-// neighbouring threads share a row, and a thread converts eight columns of every panel: part_column() and the next.
+// Rows come into panels in two moves, so that all that a block needs can be on its way at once: fetch_rows sends them
+// by cp.async to the very places of the panels that their elements will have, convert_rows makes fp16 of them there.
+// Eight neighbouring threads share a row, and a thread converts eight columns of every panel: part_column() and the
+// next.
 __device__ __forceinline__ int part_column() { return threadIdx.x % 8 * 8; }
 
 // Columns col0 .. col0 + 64 Panels - 1 of the 64 rows of a chunk; zeros past the end and the width. float32 fills both
@@ -275,14 +270,14 @@ __device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const 
             const int col = (piece * 8 + part) * kElements;
             const bool inside = t < c.length && col0 + col < m.width;
             const int term = Float32 ? part % 2 : 0;
-            ptx::cp_async16_or_zero(panels + (col / kChunk * Terms + term) * kPanel + panel_offset(t, col % kChunk & ~7),
-                                    inside ? row + col * kSize : m.data, inside);
+            __half* const to = panels + (col / kChunk * Terms + term) * kPanel + panel_offset(t, col % kChunk & ~7);
+            ptx::cp_async16_or_zero(to, inside ? row + col * kSize : m.data, inside);
         }
 }
 
 // Once this thread's cp.async are complete: rows scaled by powers of two so that a row's largest element lies in
-// [2^target, 2^(target + 1)); put_scale(row, what undoes it) is called by one thread for each. Two terms are for what is
-// not exact in one.
+// [2^target, 2^(target + 1)); put_scale(row, what undoes it) is called by one thread for each. Two terms are for what
+// is not exact in one.
 template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads, typename PutScale>
 __device__ __forceinline__ void convert_rows(__half* panels, const PutScale& put_scale, DType dtype, int target) {
     if constexpr (Float32) __syncwarp();  // other threads of the row have fetched parts of this thread's
@@ -362,15 +357,7 @@ __device__ __forceinline__ int64_t state_tile(const SplitStates& s, int64_t slot
     return (slot * s.heads + head / s.group) * column_tiles + tile;
 }
 
-// Copies panels as they lie.
-template <int Panels, int Threads = kThreads>
-__device__ __forceinline__ void copy_panels(__half* to, const __half* from) {
-#pragma unroll 8
-    for (int i = threadIdx.x; i < Panels * kPanel / 8; i += Threads)
-        reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
-}
-
-// The same without waiting: complete after ptx::cp_async_wait and a barrier.
+// Copies panels as they lie; complete after ptx::cp_async_wait and a barrier.
 template <int Panels, int Threads = kThreads>
 __device__ __forceinline__ void copy_panels_async(__half* to, const __half* from) {
 #pragma unroll 8
@@ -378,11 +365,11 @@ __device__ __forceinline__ void copy_panels_async(__half* to, const __half* from
 }
 
 // Asks for panels to come to the L2 cache.
-template <int Panels, int Threads = kThreads>
+template <int Panels>
 __device__ __forceinline__ void prefetch_panels(const __half* from) {
     constexpr int kLine = 128 / sizeof(__half);
 #pragma unroll
-    for (int i = threadIdx.x; i < Panels * kPanel / kLine; i += Threads) ptx::prefetch_l2(from + i * kLine);
+    for (int i = threadIdx.x; i < Panels * kPanel / kLine; i += kThreads) ptx::prefetch_l2(from + i * kLine);
 }
 
 // ---- launching --------------------------------------------------------------------------------------------------

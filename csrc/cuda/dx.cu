@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, VTiles == 1 && Terms == 1 ? 3 : 2)
                         sum = fmaf(start_scale[half] * a.states.scales[place + i], part[i].c[n][e], sum);
                     to.c[n][e] = sum;
                 }
-        store_strip(a.dx, chunk, head, first_row, tile * kChunk, to, lane);
+        store_strip<true>(a.dx, chunk, head, first_row, tile * kChunk, to, lane);
     };
     if (k_tiles == 2) ptx::cp_async_wait<1>();
     else ptx::cp_async_wait<0>();

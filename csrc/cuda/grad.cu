@@ -71,7 +71,7 @@ struct StatePieces {
 
     __device__ __forceinline__ void load(const __half* panels, int p) {
         const uint4* const from = reinterpret_cast<const uint4*>(panels) + threadIdx.x + p * kThreads;
-        hi[p] = from[0], lo[p] = from[kPanel / 8];
+        hi[p] = ptx::load_once(from), lo[p] = ptx::load_once(from + kPanel / 8);
     }
 };
 

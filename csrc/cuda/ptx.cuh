@@ -64,6 +64,39 @@ __device__ __forceinline__ float4 load_in_place(const float4* p) {
     return v;
 }
 
+// A read of what is needed once: it does not push other data, spilled registers for one, out of the L1 cache.
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+// Writes of what will not be read again for long: the caches may drop it first. (The compiler may take float4 stores
+// apart, into four that write a quarter of every sector each; not these.)
+__device__ __forceinline__ void store_streaming(float* to, const float (&v)[4]) {
+    asm volatile("st.global.cs.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+                 : "memory");
+}
+__device__ __forceinline__ void store_streaming(float* to, const float (&v)[2]) {
+    asm volatile("st.global.cs.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]) : "memory");
+}
+
+// p, whose origin is forgotten: addresses come from here by additions, not each from the kernel's argument.
+__device__ __forceinline__ float* opaque_global(float* p) {
+    size_t address = __cvta_generic_to_global(p);
+    asm volatile("" : "+l"(address));
+    return static_cast<float*>(__cvta_global_to_generic(address));
+}
+// The same for shared memory, whose addresses would be put together from special registers every time.
+template <typename T>
+__device__ __forceinline__ T* opaque_shared(T* p) {
+    size_t address = __cvta_generic_to_shared(p);
+    asm volatile("" : "+l"(address));
+    return static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -170,10 +203,10 @@ __device__ __forceinline__ T opaque(T x) {
 
 // The lower half of the descriptor of a matrix in shared memory with the 128-byte swizzle, in panels of 64 columns that
 // lie at multiples of 1024 bytes.
-//   Stored [row or column][k] ("K-major"): 1024 bytes from 8 rows to the next 8 (the "stride"). The next 16 k are 32 bytes
-//   on.
-//   Stored [k][row or column] ("MN-major"): 1024 bytes from 8 k to the next 8. The next 16 k are 2048 bytes on, the next 64
-//   rows or columns (the "leading" offset) `panel_bytes`.
+//   Stored [row or column][k] ("K-major"): 1024 bytes from 8 rows to the next 8 (the "stride"). The next 16 k are 32
+//   bytes on.
+//   Stored [k][row or column] ("MN-major"): 1024 bytes from 8 k to the next 8. The next 16 k are 2048 bytes on, the
+//   next 64 rows or columns (the "leading" offset) `panel_bytes`.
 // In units of 16 bytes, so that n bytes on is n / 16 more; shared memory ends long before the address field does.
 __device__ __forceinline__ uint32_t wgmma_descriptor(const void* shared, uint32_t panel_bytes) {
     return opaque(shared_address(shared)) >> 4 | panel_bytes >> 4 << 16;

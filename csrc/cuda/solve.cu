@@ -1,5 +1,5 @@
-// solve: x_t = (H_t + diag(lamb))^-1 rhs_t for the 64 tokens of a chunk, by preconditioned conjugate gradient (cg.h), and
-// in the forward pass the read-out o_t = G_t' x_t.
+// solve: x_t = (H_t + diag(lamb))^-1 rhs_t for the 64 tokens of a chunk, by preconditioned conjugate gradient (cg.h),
+// and in the forward pass the read-out o_t = G_t' x_t.
 //
 // With c the state before the chunk, P the directions of the 64 tokens and M_ij = decay(i, j) beta_j for j <= i:
 //
@@ -8,8 +8,8 @@
 // H lies in shared memory as hi + lo, K in one term (two if it came in float32). P is rounded once to fp16, with a
 // power-of-two scale per row, and that same P enters A P, p.Ap and x += alpha p, so that rounding it costs no accuracy.
 // The read-out, which happens once and is where precision would be lost last, takes X and the scores in two terms.
-// A warp owns 16 rows. With mma.sync it shares nothing with the other warps but read-only memory and ends its steps when
-// its rows have ended; with wgmma the four warps of a block go through the steps together.
+// A warp owns 16 rows. With mma.sync it shares nothing with the other warps but read-only memory and ends its steps
+// when its rows have ended; with wgmma the four warps of a block go through the steps together.
 #include "../cg.h"
 #include "chunk.cuh"
 
@@ -23,23 +23,22 @@ constexpr int kMaxVTiles = kMaxWidth / kChunk;
 
 template <int KTiles, int KeyTerms>
 struct Shared {
-    __half keys[KTiles * KeyTerms * kPanel];                                 // row-scaled to a largest element in [1, 2)
-    __half h[(KTiles > kMaxVTiles ? KTiles : kMaxVTiles) * KTiles * 2 * kPanel];  // [column tile][row tile][hi, lo], then G
+    __half keys[KTiles * KeyTerms * kPanel];    // row-scaled to a largest element in [1, 2)
+    __half h[kMaxVTiles * KTiles * 2 * kPanel];  // [column tile][row tile][hi, lo]; after the solve G
     union {
         float4 x[KTiles * 8 * kThreads];  // each thread's own part, in accumulator layout
         __half values[kMaxVTiles * KeyTerms * kPanel];
     };
-    ChunkGates gates;  // once the weights are made, beta is that of token j's scores over 2^lo, and lo is from_start
+    ChunkGates gates;  // once the weights are made, beta is that of token j's scores over 2^lo, and lo is start_weight
     float tile_weight[kChunk];  // the same beta, decayed to the last of the sixteen tokens that j belongs to
     // 112 KB + 1 KB at K = 128 in 16 bits: two blocks on a multiprocessor of 228 KB.
 };
 
-__device__ __forceinline__ float smallest_lamb(const LambPair* lamb, int pairs, int lane) {
+// Of positive numbers: their bits are in the same order.
+__device__ __forceinline__ uint32_t smallest_lamb_exponent(const LambPair* lamb, int pairs, int lane) {
     float m = lamb[lane].lamb[0];
     for (int i = lane; i < pairs; i += 32) m = fminf(m, fminf(lamb[i].lamb[0], lamb[i].lamb[1]));
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) m = fminf(m, __shfl_xor_sync(0xffffffffu, m, d));
-    return m;
+    return __reduce_min_sync(0xffffffffu, __float_as_uint(m)) >> 23;
 }
 
 __device__ __forceinline__ LambPair lamb_at(const LambPair* lane_lamb, int tile, int n) {
@@ -48,8 +47,8 @@ __device__ __forceinline__ LambPair lamb_at(const LambPair* lane_lamb, int tile,
 }
 
 // Power of two that brings a vector of squared Lambda norm `pp` to a norm of about 2^kDirectionExponent.
-__device__ __forceinline__ float direction_scale(float pp, float inverse_smallest_lamb) {
-    const int exponent = static_cast<int>((__float_as_uint(pp * inverse_smallest_lamb) >> 23) & 0xff) - 127;
+__device__ __forceinline__ float direction_scale(float pp, uint32_t lamb_exponent) {
+    const int exponent = static_cast<int>((__float_as_uint(pp) >> 23 & 0xff) - lamb_exponent);
     return pow2(min(max(kDirectionExponent - ((exponent + 1) >> 1), -126), 126));
 }
 
@@ -86,6 +85,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     if constexpr (isa == Isa::hopper && !ptx::kHasHopper) return;  // never launched
     MESA_DYNAMIC_SHARED(shared_bytes);
     auto& sm = *reinterpret_cast<Shared<KTiles, KeyTerms>*>(shared_bytes);
+    __builtin_assume(threadIdx.x < kThreads);  // or the ends of loops over threads would need registers throughout
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t slot = blockIdx.x / a.heads;
     const int head = blockIdx.x % a.heads;
@@ -96,9 +96,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     // waits in x's place, the keys' row scales (they go into beta, the weight of score (i, j)) in that of the weights.
     const int value_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = value_tiles + KTiles;
     const int64_t place = state_tile(a.states, slot, head, column_tiles, value_tiles);
-    float h_scale[KTiles];
-#pragma unroll
-    for (int ct = 0; ct < KTiles; ++ct) h_scale[ct] = a.states.scales[place + ct];
+    const float* const h_scale = a.states.scales + place;
+    const float largest_h_scale = fmaxf(h_scale[0], h_scale[KTiles - 1]);
     float* const right_hand_side = reinterpret_cast<float*>(sm.x);
     fetch_staged_rows<KTiles>(right_hand_side, a.rhs, chunk, head);
     fetch_rows<KTiles, KeyTerms>(sm.keys, a.keys, chunk, head, 0);
@@ -109,6 +108,11 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     ptx::cp_async_wait<1>();
     convert_rows<KTiles, KeyTerms>(sm.keys, sm.tile_weight, a.keys.dtype, 0);
     convert_staged_rows<KTiles>(right_hand_side, a.rhs.dtype);
+    if constexpr (ReadOut) {  // what the read-out will want comes to the L2 cache during the steps
+        for (int tile = 1; tile <= value_tiles; ++tile)
+            prefetch_panels<KTiles * 2>(a.states.panels + (place - tile) * KTiles * 2 * kPanel);
+        prefetch_rows(a.values, chunk, head);
+    }
     __syncthreads();
     const int token = threadIdx.x;  // of the first 64 threads
     if (token < kChunk) sm.gates.beta[token] *= sm.tile_weight[token] * sm.tile_weight[token];
@@ -122,26 +126,29 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         largest = fmaxf(largest, fmaxf(sm.gates.decay(own_row, j) * sm.gates.beta[j],
                                        j < own_row ? sm.gates.decay(own_row, j + 1) * sm.gates.beta[j + 1] : 0.f));
     // Where the state before the chunk outweighs the chunk beyond float32, a larger mu keeps their ratio finite.
-#pragma unroll
-    for (int ct = 0; ct < KTiles; ++ct)
-        largest = fmaxf(largest, sm.gates.decay_from_start(own_row) * h_scale[ct] * pow2(-80));
+    const float from_start = sm.gates.decay_from_start(own_row) * largest_h_scale;
+    largest = fmaxf(largest, from_start * pow2(-80));
     const float mu = scale_to(fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)), -1).down;
     const float own_weight = pow2_inverse(mu) * ptx::exp2_approx(sm.gates.lo[own_row]);
     RowScales own_scales;  // a row's true values are its scale times what is stored
     own_scales.set_mu(mu);
     own_scales.add_key(sm.tile_weight[own_row]);
+    const float small_decay = ptx::exp2_approx(-sm.gates.lo[token % kChunk]);
     __syncthreads();
     if (token < kChunk) {
-        const float weight = sm.gates.beta[token] * ptx::exp2_approx(-sm.gates.lo[token]);
+        const float weight = sm.gates.beta[token] * small_decay;
         sm.gates.beta[token] = weight;
         sm.tile_weight[token] = weight * ptx::exp2_approx(sm.gates.hi[token | 15] - sm.gates.hi[token]);
-        sm.gates.lo[token] = sm.gates.decay_from_start(token);
     }
-    const float* const from_start = sm.gates.lo;
+    if (lane % 4 < 2) sm.gates.lo[own_row] = pow2_inverse(mu) * from_start;
+    const float* const start_weight = sm.gates.lo;
+    float h_share[KTiles];  // a column tile's scale, over the largest
+#pragma unroll
+    for (int ct = 0; ct < KTiles; ++ct) h_share[ct] = KTiles == 1 ? 1.f : h_scale[ct] * pow2_inverse(largest_h_scale);
 
     const LambPair* const lamb = a.lamb + (head / a.states.group) * (KTiles * kChunk / 2);
-    const float inverse_smallest_lamb = __frcp_rn(smallest_lamb(lamb, KTiles * kChunk / 2, lane));
-    // This lane's columns are at constant distances from here. Opaque: an index to keep from step to step, not an address.
+    const uint32_t lamb_exponent = smallest_lamb_exponent(lamb, KTiles * kChunk / 2, lane);
+    // This lane's columns are at constant distances from here. Opaque: an index is kept from step to step, no address.
     const unsigned lamb_index = (head / a.states.group) * (KTiles * kChunk / 2) + lane % 4;
     const auto lamb_of_lane = [&] { return a.lamb + ptx::opaque(lamb_index); };
     const float tol_squared = a.tolerance * a.tolerance;
@@ -180,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     }
     own_scales.add_rhs(lane & 1 ? rhs_scale[1] : rhs_scale[0]);
     CgRow<float> row(own_sum(rz, lane));
-    float direction = direction_scale(row.pp, inverse_smallest_lamb);  // stored p = direction * p
+    float direction = direction_scale(row.pp, lamb_exponent);  // stored p = direction * p
     ptx::cp_async_wait<0>();
     publish_shared<isa>();
     __syncthreads();
@@ -236,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     };
 
     const uint32_t zero_for_next = static_cast<uint32_t>(a.problem.V) >> 31;
-    for (int step = 0; step < a.max_iterations && any_active<isa>(row.active); ++step) {
+    for (int step = 0; step < a.max_iterations && any_active<isa>(row.active()); ++step) {
         const auto mu_of_row = [&](int half) { return scales_of_row(own_scales, half, lane).mu(); };
         Acc ap[KTiles];
         const auto multiply_by_state = [&] {
@@ -249,8 +256,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
             for (int ct = 0; ct < KTiles; ++ct)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float factor =
-                        from_start[first_row + acc_row(lane, half)] * (h_scale[ct] * pow2_inverse(mu_of_row(half)));
+                    const float factor = start_weight[first_row + acc_row(lane, half)] * h_share[ct];
 #pragma unroll
                     for (int n = 0; n < 8; ++n) ap[ct].c[n][half * 2] *= factor, ap[ct].c[n][half * 2 + 1] *= factor;
                 }
@@ -354,9 +360,9 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
 
         // x += alpha p and p = z + beta p, in its new scale; the direction of a row that has ended is zero.
         const float beta = row.advance(own_sum(rz, lane), tol_squared);
-        direction = direction_scale(row.pp, inverse_smallest_lamb);
+        direction = direction_scale(row.pp, lamb_exponent);
         lane_lamb = lamb_of_lane();
-        const float own_add = row.active ? direction : 0.f, own_keep = beta * direction * inverse_direction;
+        const float own_add = row.active() ? direction : 0.f, own_keep = beta * direction * inverse_direction;
         const float add[2] = {of_row(own_add, 0, lane), of_row(own_add, 1, lane)};
         const float keep[2] = {of_row(own_keep, 0, lane), of_row(own_keep, 1, lane)};
 #pragma unroll
@@ -383,33 +389,26 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     const int end_lane = thread % 32, end_first_row = thread / 32 * 16;
     const int to_head = block % a.heads;
     const Chunk to_write = find_chunk(a.problem, block / a.heads);
+    const float rhs_scale_of[2] = {scales_of_row(own_scales, 0, end_lane).rhs(),
+                                   scales_of_row(own_scales, 1, end_lane).rhs()};
     Acc x[KTiles];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int t = end_first_row + acc_row(end_lane, half), col = acc_col(end_lane, 0);
-        float* const to = static_cast<float*>(a.x.data) + row_offset(a.x, to_write, t, to_head) + col;
-        uint16_t* const to_rounded =
-            static_cast<uint16_t*>(a.rounded.data) + row_offset(a.rounded, to_write, t, to_head) + col;
-        const float scale = scales_of_row(own_scales, half, end_lane).rhs();
-        const int columns = t < to_write.length ? padded_width(a.x) - col : 0;  // this end_lane's, from its first one on
+    for (int kt = 0; kt < KTiles; ++kt) {
 #pragma unroll
-        for (int kt = 0; kt < KTiles; ++kt)
-#pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                const int i = kt * 8 + n;
-                const float2 v = reinterpret_cast<const float2*>(&sm.x[i * kThreads + thread])[half];
-                x[kt].c[n][half * 2] = v.x * scale, x[kt].c[n][half * 2 + 1] = v.y * scale;
-                if (i * 8 >= columns) continue;
-                *reinterpret_cast<float2*>(to + i * 8) = {x[kt].c[n][half * 2], x[kt].c[n][half * 2 + 1]};
-                if (a.rounded.data)
-                    *reinterpret_cast<uint32_t*>(to_rounded + i * 8) =
-                        pack(a.rounded.dtype, x[kt].c[n][half * 2], x[kt].c[n][half * 2 + 1]);
-            }
-        const int64_t out = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + to_head;
-        if (end_lane % 4 == half && t < to_write.length) {
-            if (a.steps) a.steps[out] = row.steps;
-            if (a.bound) a.bound[out] = sqrtf(row.bound_squared());
+        for (int n = 0; n < 8; ++n) {
+            const float4 v = sm.x[(kt * 8 + n) * kThreads + thread];
+            x[kt].c[n][0] = v.x, x[kt].c[n][1] = v.y, x[kt].c[n][2] = v.z, x[kt].c[n][3] = v.w;
         }
+        scale_rows(x[kt], rhs_scale_of[0], rhs_scale_of[1]);
+        store_strip<true>(a.x, to_write, to_head, end_first_row, kt * kChunk, x[kt], end_lane);
+        if (!ReadOut && a.rounded.data)
+            store_strip<false>(a.rounded, to_write, to_head, end_first_row, kt * kChunk, x[kt], end_lane);
+    }
+    if (end_lane % 4 < 2) {
+        const int t = end_first_row + acc_row(end_lane, end_lane & 1);
+        const int64_t out = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + to_head;
+        if (a.steps && t < to_write.length) a.steps[out] = row.steps();
+        if (a.bound && t < to_write.length) a.bound[out] = sqrtf(row.bound_squared());
     }
 
     if constexpr (ReadOut) {
@@ -417,15 +416,11 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         const int out_tiles = (a.problem.V + kChunk - 1) / kChunk;
         const int64_t g_place = state_tile(a.states, block / a.heads, to_head, out_tiles + KTiles, 0);
         __syncthreads();  // all steps have been taken
-        if (out_tiles == 1) {
-            fetch_rows<1, KeyTerms>(sm.values, a.values, to_write, to_head, 0);
-            ptx::cp_async_commit();
-            copy_panels_async<KTiles * 2>(sm.h, a.states.panels + g_place * KTiles * 2 * kPanel);
-        } else {
-            fetch_rows<2, KeyTerms>(sm.values, a.values, to_write, to_head, 0);
-            ptx::cp_async_commit();
-            copy_panels_async<2 * KTiles * 2>(sm.h, a.states.panels + g_place * KTiles * 2 * kPanel);
-        }
+        fetch_rows<kMaxVTiles, KeyTerms>(sm.values, a.values, to_write, to_head, 0);
+        ptx::cp_async_commit();
+        for (int tile = 0; tile < out_tiles; ++tile)
+            copy_panels_async<KTiles * 2>(sm.h + tile * KTiles * 2 * kPanel,
+                                          a.states.panels + (g_place + tile) * KTiles * 2 * kPanel);
         ptx::cp_async_commit();
         const int end_own_row = end_first_row + acc_row(end_lane, end_lane & 1);
         if (end_lane % 4 < 2) {  // the values' scales are to take the place of the keys' in the weights
@@ -448,27 +443,32 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         __syncthreads();  // the weights are without the keys' scales
         ptx::cp_async_wait<1>();
         const auto put_scale = [&](int t, float scale) { sm.gates.beta[t] *= scale, sm.tile_weight[t] *= scale; };
-        if (out_tiles == 1) convert_rows<1, KeyTerms>(sm.values, put_scale, a.values.dtype, 0);
-        else convert_rows<2, KeyTerms>(sm.values, put_scale, a.values.dtype, 0);
+        convert_rows<kMaxVTiles, KeyTerms>(sm.values, put_scale, a.values.dtype, 0);
         publish_shared<isa>();
         __syncthreads();
+        const float* const g_scale = a.states.scales + g_place;
+        const float end_largest_h_scale = fmaxf(g_scale[out_tiles], g_scale[out_tiles + KTiles - 1]);
         float score_scale[2], start_scale[2];
         Operand<2> weights;
         {
             float row_weight[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                row_weight[half] = x_scale[half] * (of_row(own_weight, half, end_lane) * scales_of_row(own_scales, half, end_lane).mu());
-                start_scale[half] = x_scale[half] * from_start[end_first_row + acc_row(end_lane, half)];
+                const float row_mu = scales_of_row(own_scales, half, end_lane).mu();
+                row_weight[half] = x_scale[half] * (of_row(own_weight, half, end_lane) * row_mu);
+                start_scale[half] = x_scale[half] * (start_weight[end_first_row + acc_row(end_lane, half)] * row_mu *
+                                                     pow2_inverse(end_largest_h_scale));
             }
             weigh_scores(scores.c, 0, row_weight, end_lane, end_first_row);
-            normalise_rows(scores, score_scale, 8);
+            // Where the state outweighs the chunk beyond float32, this keeps their ratio finite.
+            const float largest_g_scale = fmaxf(g_scale[0], g_scale[out_tiles - 1]) * pow2(-60);
+            normalise_rows(scores, score_scale, 8,
+                           {start_scale[0] * largest_g_scale, start_scale[1] * largest_g_scale});
             acc_operand(weights, scores);
         }
         ptx::cp_async_wait<0>();
         publish_shared<isa>();
         __syncthreads();
-        const float* const g_scale = a.states.scales + g_place;
 #pragma unroll 1
         for (int tile = 0; tile < out_tiles; ++tile) {
             // The state's part in units of the scores', then these are added: one accumulator, to save registers.
@@ -491,8 +491,9 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
 
 template <Isa isa, int KTiles, int KeyTerms>
 cudaError_t launch_solver(const SolveArgs& a, cudaStream_t stream) {
-    return launch(a.out.data ? solve_kernel<isa, KTiles, KeyTerms, true> : solve_kernel<isa, KTiles, KeyTerms, false>, a,
-                  a.problem.slots() * a.heads, sizeof(Shared<KTiles, KeyTerms>), stream);
+    const auto kernel =
+        a.out.data ? solve_kernel<isa, KTiles, KeyTerms, true> : solve_kernel<isa, KTiles, KeyTerms, false>;
+    return launch(kernel, a, a.problem.slots() * a.heads, sizeof(Shared<KTiles, KeyTerms>), stream);
 }
 
 }  // namespace

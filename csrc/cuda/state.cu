@@ -38,13 +38,7 @@ struct Shared {
 
 // The largest of a warp's numbers, none of them negative or NaN: their bits are in the same order.
 __device__ __forceinline__ float warp_max(float v) {
-#if defined(MESA_EMULATE)
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, d));
-    return v;
-#else
     return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(v)));
-#endif
 }
 
 template <int Warps>

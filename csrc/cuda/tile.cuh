@@ -145,8 +145,8 @@ __device__ __forceinline__ void publish_shared() {
     if constexpr (isa == Isa::hopper) ptx::fence_async_shared();
 }
 
-// A panel as wgmma's operand; the next step of 16 along the contraction is so many units further on. Where the operand is
-// wider than the panel, the next one lies `distance` elements away.
+// A panel as wgmma's operand; the next step of 16 along the contraction is so many units further on. Where the operand
+// is wider than the panel, the next one lies `distance` elements away.
 __device__ __forceinline__ uint32_t panel_descriptor(const __half* panel, int distance = kPanel) {
     return ptx::wgmma_descriptor(panel, distance * sizeof(__half));
 }
@@ -169,8 +169,9 @@ __device__ __forceinline__ void mma_AB(Acc (&acc)[Tiles], const Operand<ATerms>&
         if constexpr (isa == Isa::hopper) {
             const uint32_t descriptor = panel_descriptor(b_term, distance) + k * kStepAcrossRows;
             static_assert(Tiles <= 2);
-            if constexpr (Tiles == 2) ptx::wgmma_m64n128k16<true, decltype(add)::value>(acc[0].c, acc[1].c, strip, descriptor);
-            else ptx::wgmma_m64n64k16<true, decltype(add)::value>(acc[0].c, strip, descriptor);
+            constexpr bool kAdd = decltype(add)::value;
+            if constexpr (Tiles == 2) ptx::wgmma_m64n128k16<true, kAdd>(acc[0].c, acc[1].c, strip, descriptor);
+            else ptx::wgmma_m64n64k16<true, kAdd>(acc[0].c, strip, descriptor);
         } else {
 #pragma unroll
             for (int i = 0; i < Tiles; ++i) mma_AB_step(acc[i].c, strip, b_term + i * distance, k, lane);
@@ -195,7 +196,8 @@ __device__ __forceinline__ void mma_ABt(Acc& acc, const Operand<ATerms>& a, cons
     products_zero<isa, Add>(acc);
     const auto product = [&](auto add, const uint32_t(&strip)[4], const __half* b_term, int k) {
         if constexpr (isa == Isa::hopper)
-            ptx::wgmma_m64n64k16<false, decltype(add)::value>(acc.c, strip, panel_descriptor(b_term) + k * kStepAlongRows);
+            ptx::wgmma_m64n64k16<false, decltype(add)::value>(acc.c, strip,
+                                                              panel_descriptor(b_term) + k * kStepAlongRows);
         else mma_ABt_step(acc.c, strip, b_term, k, lane);
     };
 #pragma unroll
@@ -314,12 +316,14 @@ __device__ __forceinline__ void scale_rows(Acc& acc, float first, float second) 
     }
 }
 
-// Scales the two rows of a strip, 64 Tiles columns wide, by powers of two to fit fp16 and returns the inverse factors.
+// Scales the two rows of a strip, 64 Tiles columns wide, by powers of two to fit fp16 and returns the inverse factors;
+// as if there were numbers of size `at_least` in them.
 template <int Tiles>
-__device__ __forceinline__ void normalise_rows(Acc (&acc)[Tiles], float (&down)[2], int target) {
+__device__ __forceinline__ void normalise_rows(Acc (&acc)[Tiles], float (&down)[2], int target,
+                                               float2 at_least = {0.f, 0.f}) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float amax = 0.f;
+        float amax = half ? at_least.y : at_least.x;
 #pragma unroll
         for (int i = 0; i < Tiles; ++i)
 #pragma unroll
@@ -334,8 +338,9 @@ __device__ __forceinline__ void normalise_rows(Acc (&acc)[Tiles], float (&down)[
     }
 }
 
-__device__ __forceinline__ void normalise_rows(Acc& acc, float (&down)[2], int target) {
-    normalise_rows(reinterpret_cast<Acc(&)[1]>(acc), down, target);
+__device__ __forceinline__ void normalise_rows(Acc& acc, float (&down)[2], int target,
+                                               float2 at_least = {0.f, 0.f}) {
+    normalise_rows(reinterpret_cast<Acc(&)[1]>(acc), down, target, at_least);
 }
 
 }  // namespace mesa

@@ -1,9 +1,9 @@
 // The CUDA kernels without torch: every launcher against a plain float64 computation, and with --bench their times.
 //
-//     mesa_kernels_test                            exit status 0: right, 1: wrong, 77: no CUDA device
+//     mesa_kernels_test          exit status 0: right, 1: wrong, 77: no CUDA device
 //     mesa_kernels_test --bench [B T H K V [n [steps]]]
-//                                                  median of n runs in milliseconds (default 8 2048 16 128 128, 20), with
-//                                                  exactly so many solver steps if given
+//                                median of n runs in milliseconds (default 8 2048 16 128 128, 20), with exactly so
+//                                many solver steps if given
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -522,6 +522,13 @@ bool test() {
         ok &= test_decode(128, 128, dtype);
         ok &= test_decode(37, 70, dtype);
         ok &= test_decode(128, 50, dtype, 6);  // more queries than are read out together
+        ok &= test_decode(128, 128, dtype, 6);
+        ok &= test_decode(64, 128, dtype, 2);
+        ok &= test_decode(100, 36, dtype, 3);
+        ok &= test_decode(50, 100, dtype, 5);
+        ok &= test_decode(127, 128, dtype);
+        ok &= test_decode(1, 1, dtype);
+        ok &= test_decode(2, 4, dtype);
     }
     std::printf(ok ? "all right\n" : "SOMETHING IS WRONG\n");
     return ok;

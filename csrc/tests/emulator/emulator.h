@@ -117,6 +117,7 @@ inline float __uint_as_float(unsigned i) { return emulator_bits<float>(i); }
 inline int __float_as_int(float f) { return emulator_bits<int>(f); }
 inline unsigned __float_as_uint(float f) { return emulator_bits<unsigned>(f); }
 inline float __fdividef(float a, float b) { return a / b; }
+#define __builtin_assume(condition)
 inline float __frcp_rn(float a) { return 1 / a; }
 template <typename T>
 T __ldg(const T* p) { return *p; }
@@ -144,6 +145,24 @@ template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned distance) {
     const int lane = mesa::emulator::lane(), source = lane + static_cast<int>(distance);
     return mesa::emulator::shuffle("__shfl_down_sync", mask, value, source > 31 ? lane : source);
+}
+template <typename Choose>
+unsigned emulator_reduce(const char* name, unsigned mask, unsigned value, const Choose& choose) {
+    unsigned own = value;
+    mesa::emulator::together(name, own, [&](mesa::emulator::Lanes<unsigned> lanes) {
+        unsigned result = value;
+        for (int l = 0; l < 32; ++l)
+            if (mask >> l & 1) result = choose(result, lanes[l]);
+        for (int l = 0; l < 32; ++l)
+            if (mask >> l & 1) lanes[l] = result;
+    }, mask);
+    return own;
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+    return emulator_reduce("__reduce_min_sync", mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; });
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+    return emulator_reduce("__reduce_max_sync", mask, value, [](unsigned a, unsigned b) { return a > b ? a : b; });
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
     struct Operands {
