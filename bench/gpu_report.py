@@ -4,7 +4,8 @@
     python bench/gpu_report.py --run                           # everything, on a GPU machine
     python bench/gpu_report.py --run --parts tests,sanitizer   # some of it; the rest of the report stays
 
-Parts: tests, sanitizer, bench, accuracy, fla (the last with --fla-tests path/to/fla's/tests/ops/test_mesa.py).
+Parts: tests, sanitizer, fla (with --fla-tests path/to/fla's/tests/ops/test_mesa.py), accuracy, accuracy_long, and the
+benchmarks kernels, decode, chunk_30_steps and chunk.
 """
 
 import argparse
@@ -140,15 +141,20 @@ def run_sanitizer(args):
     return results
 
 
-def run_bench(args):
-    return {
-        "chunk": json_of("bench_chunk.py", *(["--sweep"] if args.sweep else [])),
-        "chunk_30_steps": json_of("bench_chunk.py", "--shapes", "8x2048x16x128", "--steps", 30, "--no-peers"),
-        "decode": json_of("bench_decode.py"),
-        "kernels": {
-            kernels: json_of("profile_kernels.py", MESA_EXT_KERNELS=kernels) for kernels in ("portable", "hopper")
-        },
-    }
+def run_chunk(args):
+    return json_of("bench_chunk.py", *(["--sweep"] if args.sweep else []))
+
+
+def run_chunk_30_steps(args):
+    return json_of("bench_chunk.py", "--shapes", "8x2048x16x128", "--steps", 30, "--no-peers")
+
+
+def run_decode(args):
+    return json_of("bench_decode.py")
+
+
+def run_kernels(args):
+    return {kernels: json_of("profile_kernels.py", MESA_EXT_KERNELS=kernels) for kernels in ("portable", "hopper")}
 
 
 def run_accuracy(args):
@@ -171,7 +177,10 @@ PARTS = {
     "sanitizer": run_sanitizer,
     "fla": run_fla,
     "accuracy": run_accuracy,
-    "bench": run_bench,
+    "kernels": run_kernels,
+    "decode": run_decode,
+    "chunk_30_steps": run_chunk_30_steps,
+    "chunk": run_chunk,
     "accuracy_long": run_accuracy_long,
 }
 
@@ -197,11 +206,10 @@ def plot(report, folder):
     from bench_chunk import plot_sweep
     from bench_decode import plot_batches
 
-    figures = report.get("bench", {})
-    if figures.get("chunk", {}).get("sweep"):
-        plot_sweep(folder / "chunk.png", figures["chunk"]["sweep"])
-    if figures.get("decode", {}).get("decode"):
-        plot_batches(folder / "decode.png", figures["decode"]["decode"])
+    if report.get("chunk", {}).get("sweep"):
+        plot_sweep(folder / "chunk.png", report["chunk"]["sweep"])
+    if report.get("decode", {}).get("decode"):
+        plot_batches(folder / "decode.png", report["decode"]["decode"])
 
 
 def main():

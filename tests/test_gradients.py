@@ -70,8 +70,9 @@ def problems(draw_from, device):
 def test_against_the_reference(device, data):
     """Every tensor, however small, with the solver's own error out of the way.
 
-    A dg of two tokens can cancel to 1e-3 of what it is summed from, and magnifies the default tolerance of 16-bit inputs
-    (1e-3) past any bar. That tolerance is judged in test_accuracy.py, in all regimes, on tensors of real size.
+    A dg of two tokens can cancel to 1e-3 of what it is summed from, and an o of one number to 1e-2, which magnifies the
+    default tolerances (1e-3 and, in float32, 1e-5) past any bar. These are judged in test_accuracy.py, in all regimes, on
+    tensors of real size.
     """
     inputs, gradients = data.draw(problems(device))
     ours = evaluate(
@@ -80,7 +81,7 @@ def test_against_the_reference(device, data):
         gradients,
         output_final_state=True,
         max_cg_iterations=256,
-        cg_tol=1e-5 if inputs.q.dtype.itemsize == 2 else None,
+        cg_tol={2: 1e-5, 4: 1e-7, 8: None}[inputs.q.dtype.itemsize],
     )
     assert_accurate(inputs, ours, gradients)
 
