@@ -157,7 +157,10 @@ def main():
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
 
     shapes = args.shapes or SHAPES[torch.device(args.device).type]
-    rows = [row for shape in shapes for row in measure(shape, args, timer)]
+    rows = []
+    for shape in shapes:
+        rows += measure(shape, args, timer)
+        write_json(args.json, dtype=args.dtype, exact_steps=args.steps, chunk=rows)  # in case it does not get further
     print_table(f"mesa_attention, {args.dtype}" + (f", exactly {args.steps} steps" if args.steps else ""), rows)
     errors = compare(BENCH_REGIME, DTYPES[args.dtype], args.device, tokens=512)
     print_table("relative error to the float64 reference, T = 512, K = V = 128", errors)

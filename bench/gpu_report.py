@@ -56,24 +56,30 @@ def check(path):
         print(f"GPU report: fresh ({report['environment']['device']}, {report['environment']['date']})")
 
 
-def script(name, *arguments, **environment):
+def script(name, *arguments, limit=None, **environment):
     """Runs one of the scripts here -> (exit status, seconds, output)."""
-    return command([sys.executable, str(BENCH / name), *map(str, arguments)], **environment)
+    return command([sys.executable, str(BENCH / name), *map(str, arguments)], limit, **environment)
 
 
-def command(line, **environment):
+def command(line, limit=None, **environment):
+    """Exit status ("stopped" after `limit` seconds), seconds and output."""
     start = time.monotonic()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        line,
-        cwd=ROOT,
-        env={"PYTHONPATH": path, **os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    print(done.stdout, flush=True)
-    return done.returncode, round(time.monotonic() - start, 1), done.stdout
+    try:
+        done = subprocess.run(
+            line,
+            cwd=ROOT,
+            env={"PYTHONPATH": path, **os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit,
+        )
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as stopped:
+        status, output = "stopped", (stopped.output or b"").decode(errors="replace")
+    print(output, flush=True)
+    return status, round(time.monotonic() - start, 1), output
 
 
 def json_of(name, *arguments, **environment):
@@ -142,7 +148,8 @@ def run_sanitizer(args):
 
 
 def run_chunk(args):
-    return json_of("bench_chunk.py", *(["--sweep"] if args.sweep else []))
+    # Its figures are written shape by shape; fla's kernels are compiled for minutes on the way.
+    return json_of("bench_chunk.py", *(["--sweep"] if args.sweep else []), limit=args.limit)
 
 
 def run_chunk_30_steps(args):
@@ -222,6 +229,7 @@ def main():
     parser.add_argument("--report", type=Path, default=BENCH / "gpu_report.json")
     parser.add_argument("--tools", default=",".join(TOOLS), help="compute-sanitizer's tools")
     parser.add_argument("--sweep", action="store_true", help="time against T as well")
+    parser.add_argument("--limit", type=float, help="seconds for the part `chunk`; the shapes done by then count")
     parser.add_argument("--fla-tests", type=Path, help="fla's tests/ops/test_mesa.py")
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="further arguments of pytest, last")
     args = parser.parse_args()
