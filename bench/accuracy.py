@@ -15,11 +15,11 @@ from mesa_ext.reference import mesa_reference
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def implementations(dtype, device):
+def implementations(dtype, device, peers):
     """name -> function of the inputs that returns o."""
     steps = 30 if dtype.itemsize == 2 else 256
     found = {"ours": lambda **inputs: mesa_attention(**inputs, max_cg_iterations=steps)[0]}
-    if torch.device(device).type == "cuda" and dtype.itemsize <= 4 and import_fla():
+    if peers and torch.device(device).type == "cuda" and dtype.itemsize <= 4 and import_fla():
         from fla.ops.mesa_net import chunk_mesa_net
 
         found["fla"] = lambda **inputs: chunk_mesa_net(**inputs)[0]
@@ -34,7 +34,7 @@ def evaluate(function, inputs, do):
     return {"o": o.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
 
 
-def compare(regime, dtype, device, tokens, width=128, heads=2, scale=1.0):
+def compare(regime, dtype, device, tokens, width=128, heads=2, scale=1.0, peers=True):
     """One row of errors for each implementation, with output gradients of size `scale`."""
     inputs = make_inputs(1, tokens, heads, width, width, dtype, device, regime)
     if dtype == torch.float64:
@@ -47,7 +47,7 @@ def compare(regime, dtype, device, tokens, width=128, heads=2, scale=1.0):
     kappa = (eigenvalues[..., -1] / eigenvalues[..., 0]).median().item()
     about = {"regime": regime, "T": tokens, "do": scale, "kappa": round(kappa)}
     rows = []
-    for name, function in implementations(dtype, device).items():
+    for name, function in implementations(dtype, device, peers).items():
         actual = evaluate(function, inputs, do)
         rows.append({"who": name, **about, **{key: relative_error(actual[key], expected[key]) for key in expected}})
     return rows

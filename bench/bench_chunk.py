@@ -162,7 +162,7 @@ def main():
         rows += measure(shape, args, timer)
         write_json(args.json, dtype=args.dtype, exact_steps=args.steps, chunk=rows)  # in case it does not get further
     print_table(f"mesa_attention, {args.dtype}" + (f", exactly {args.steps} steps" if args.steps else ""), rows)
-    errors = compare(BENCH_REGIME, DTYPES[args.dtype], args.device, tokens=512)
+    errors = compare(BENCH_REGIME, DTYPES[args.dtype], args.device, tokens=512, peers=not args.no_peers)
     print_table("relative error to the float64 reference, T = 512, K = V = 128", errors)
     extra = {}
     if timer.cuda:

@@ -148,7 +148,7 @@ def run_sanitizer(args):
 
 
 def run_chunk(args):
-    # Its figures are written shape by shape; fla's kernels are compiled for minutes on the way.
+    # Its figures are written shape by shape; compiling fla's kernels takes a good part of the time.
     return json_of("bench_chunk.py", *(["--sweep"] if args.sweep else []), limit=args.limit)
 
 
@@ -169,7 +169,7 @@ def run_accuracy(args):
 
 
 def run_accuracy_long(args):
-    # The reference of a long text takes minutes: there only what a short one cannot show, the largest conditions.
+    # The reference of a long text takes long: there only what a short one cannot show, the largest conditions.
     return json_of("accuracy.py", "--tokens", 4096, "--dtypes", "bf16", "--scales", 1e-6)
 
 
