@@ -65,15 +65,13 @@ def main():
     cuda = torch.device(args.device).type == "cuda"
     tables = {}
     for dtype in args.dtypes or (["bf16", "fp32"] if cuda else ["fp32", "fp64"]):
-        tables[dtype] = [
-            row
-            for tokens in args.tokens or ([512, 4096] if cuda else [512])
-            for regime in REGIMES
-            for scale in args.scales
-            for row in compare(regime, DTYPES[dtype], args.device, tokens, args.width, scale=scale)
-        ]
+        tables[dtype] = []
+        for tokens in args.tokens or ([512, 4096] if cuda else [512]):
+            for regime in REGIMES:
+                for scale in args.scales:
+                    tables[dtype] += compare(regime, DTYPES[dtype], args.device, tokens, args.width, scale=scale)
+                write_json(args.json, accuracy=tables)  # in case it does not get further
         print_table(f"{dtype} inputs, K = V = {args.width}, relative errors", tables[dtype])
-    write_json(args.json, accuracy=tables)
 
 
 if __name__ == "__main__":

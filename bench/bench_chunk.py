@@ -171,7 +171,10 @@ def main():
     if args.sweep or args.plot:
         tokens = SWEEP if timer.cuda else [256, 512]
         total = max(tokens) // 2 if timer.cuda else max(tokens)
-        extra["sweep"] = [row for t in tokens for row in measure(f"{max(1, total // t)}x{t}x16x128", args, timer)]
+        extra["sweep"] = []
+        for t in tokens:
+            extra["sweep"] += measure(f"{max(1, total // t)}x{t}x16x128", args, timer)
+            write_json(args.json, dtype=args.dtype, exact_steps=args.steps, chunk=rows, errors=errors, **extra)
         print_table("time against T", extra["sweep"])
         plot_sweep(args.plot, extra["sweep"])
     write_json(args.json, dtype=args.dtype, exact_steps=args.steps, chunk=rows, errors=errors, **extra)

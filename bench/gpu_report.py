@@ -165,12 +165,12 @@ def run_kernels(args):
 
 
 def run_accuracy(args):
-    return json_of("accuracy.py", "--tokens", 512)
+    return json_of("accuracy.py", "--tokens", 512, limit=args.limit)
 
 
 def run_accuracy_long(args):
     # The reference of a long text takes long: there only what a short one cannot show, the largest conditions.
-    return json_of("accuracy.py", "--tokens", 4096, "--dtypes", "bf16", "--scales", 1e-6)
+    return json_of("accuracy.py", "--tokens", 4096, "--dtypes", "bf16", "--scales", 1e-6, limit=args.limit)
 
 
 def run_fla(args):
@@ -229,7 +229,7 @@ def main():
     parser.add_argument("--report", type=Path, default=BENCH / "gpu_report.json")
     parser.add_argument("--tools", default=",".join(TOOLS), help="compute-sanitizer's tools")
     parser.add_argument("--sweep", action="store_true", help="time against T as well")
-    parser.add_argument("--limit", type=float, help="seconds for the part `chunk`; the shapes done by then count")
+    parser.add_argument("--limit", type=float, help="seconds for chunk and accuracy; what is done by then counts")
     parser.add_argument("--fla-tests", type=Path, help="fla's tests/ops/test_mesa.py")
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="further arguments of pytest, last")
     args = parser.parse_args()
