@@ -151,11 +151,10 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 
     // qk_ji = rho_ij x_i . k_j
     Acc qk;
-    zero(qk);
     products_begin<isa>(qk);
-#pragma unroll
-    for (int kt = 0; kt < KTiles; ++kt)
-        mma_panels<isa, false, true, Terms, 2>(qk, sm.k + kt * Terms * kPanel, first_row, sm.x + kt * 2 * kPanel, lane);
+    mma_panels<isa, false, true, Terms, 2, false>(qk, sm.k, first_row, sm.x, lane);
+    if constexpr (KTiles == 2)
+        mma_panels<isa, false, true, Terms, 2>(qk, sm.k + Terms * kPanel, first_row, sm.x + 2 * kPanel, lane);
     products_end<isa>(qk);
 #pragma unroll
     for (int n = 0; n < 8; ++n)
@@ -207,9 +206,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const float value_scale[2] = {value_scales[row[0]], value_scales[row[1]]};
         const auto do_scale = [&](int n) { return *reinterpret_cast<const float2*>(sm.do_scale + acc_col(lane, n)); };
         Acc part;  // scores; meanwhile the operand of dv' is made
-        zero(part);
         products_begin<isa>(part);
-        mma_panels<isa, false, true, Terms, 2>(part, values, first_row, sm.d_o, lane);
+        mma_panels<isa, false, true, Terms, 2, false>(part, values, first_row, sm.d_o, lane);
         products_commit<isa>();
         Operand<2> weights;  // qk with do's scales in it, for dv'
         float weight_scale[2];
@@ -235,9 +233,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         }
         settle(column_tiles, scores);
         Acc dv;  // without beta; under way while dS is waited for
-        zero(dv);
         products_begin<isa>(dv);
-        mma_AB<isa, 2>(dv, weights, sm.d_o, lane);
+        mma_AB<isa, 2, false>(dv, weights, sm.d_o, lane);
         products_commit<isa>();
         if (!is_v) {  // dlamb = -sum_t w_t o x_t
             float sum[8][2] = {};
@@ -270,9 +267,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const float adjoint_scale = a.adjoints.scales[ds_place + ct];
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt) {
-            zero(part);
             products_begin<isa>(part);
-            mma_panels<isa, false, true, Terms, 2>(part, values, first_row, sm.state + kt * 2 * kPanel, lane);
+            mma_panels<isa, false, true, Terms, 2, false>(part, values, first_row, sm.state + kt * 2 * kPanel, lane);
             products_end<isa>(part);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -285,12 +281,10 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             }
             settle(column_tiles, u[kt]);
         }
-        zero(part);
         products_begin<isa>(part);
-#pragma unroll
-        for (int kt = 0; kt < KTiles; ++kt)
-            mma_panels<isa, false, false, Terms, 2>(part, sm.k + kt * Terms * kPanel, first_row,
-                                                    sm.state + kt * 2 * kPanel, lane);
+        mma_panels<isa, false, false, Terms, 2, false>(part, sm.k, first_row, sm.state, lane);
+        if constexpr (KTiles == 2)
+            mma_panels<isa, false, false, Terms, 2>(part, sm.k + Terms * kPanel, first_row, sm.state + 2 * kPanel, lane);
         products_end<isa>(part);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -391,11 +385,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         acc_operand(operand, scores);
         const HeadRows to(a.dk, head);
         Acc part[KTiles];
-#pragma unroll
-        for (int kt = 0; kt < KTiles; ++kt) zero(part[kt]);
         products_begin<isa>(part[0], part[KTiles - 1]);
-#pragma unroll
-        for (int kt = 0; kt < KTiles; ++kt) mma_AB<isa, 2>(part[kt], operand, sm.x + kt * 2 * kPanel, lane);
+        mma_AB<isa, 2, false>(part, operand, sm.x, 2 * kPanel, lane);
         products_end<isa>(part[0], part[KTiles - 1]);
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt) {

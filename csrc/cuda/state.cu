@@ -424,21 +424,21 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     // Where this warp's part of the state goes.
     __half* panel_place =
         a.states.panels + (place * KTiles + row_tile) * 2 * kPanel + first_row * kChunk + lane * 8;
+    uint4 before[2][2];  // half of this lane's part of the state that the adjoint meets
+    const auto load_before = [&](int half) {
+#pragma unroll
+        for (int term = 0; term < 2; ++term)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                before[term][i] =
+                    *reinterpret_cast<const uint4*>(before_panel + term * kPanel + half * 8 * kChunk + i * 32 * 8);
+    };
     const auto store_state = [&](int step) {
         const int own = ptx::opaque(lane);  // the addresses are not kept
         const bool overlaps = kOverlaps && overlap;
         float sum = 0.f;  // this lane's part of <adjoint, state>
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            uint4 before[2][2];
-            if (overlaps) {
-#pragma unroll
-                for (int term = 0; term < 2; ++term)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        before[term][i] = *reinterpret_cast<const uint4*>(before_panel + term * kPanel +
-                                                                          half * 8 * kChunk + i * 32 * 8);
-            }
             __syncwarp();  // the rows before these have been read
             const float scale = sm.state_scale;
 #pragma unroll
@@ -461,6 +461,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
                 }
                 if (overlaps) sum += dot8(pieces[0], pieces[1], before[0][i], before[1][i]);
             }
+            if (overlaps && half == 0) load_before(1);
         }
         if (overlaps) {
 #pragma unroll
@@ -483,6 +484,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         }
         ptx::cp_async_wait<1>();
         __syncthreads();
+        if (kOverlaps && overlap) load_before(0);
         prepare(0);
         __syncthreads();
     }
@@ -517,6 +519,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         __syncthreads();
 
         fetch(step + 2);
+        if (kOverlaps && overlap) load_before(0);
         prepare(step + 1);
         __syncthreads();
     }
