@@ -104,8 +104,10 @@ struct StateArgs {
     float* segment_decays;  // [segments, heads] likewise
     const float* lamb;      // [heads, K] } with this the kernel fills in what the solver will want (not reverse)
     LambPair* lamb_pairs;   // [heads, K / 2 padded to a multiple of 32 (with ones)], or null
-    SplitStates before;     // the states before the chunks: with these (reverse; they may be `states` itself, which
-    float* overlaps;        // are then overwritten) <adjoint, state> in overlap_parts() addends: [slots, heads, parts]
+    // Reverse: the states before the chunks (they may lie in `states`, and are overwritten then), and each chunk's
+    // <adjoint, state> in overlap_parts() addends [slots, heads, parts], or null.
+    SplitStates before;
+    float* overlaps;
 };
 // Addends of one chunk and head's <adjoint, state>: one of each warp of each column tile, at most 32.
 inline int overlap_parts(const Problem& p) { return (tiles(p.V) + tiles(p.K)) * tiles(p.K) * 4; }
@@ -122,7 +124,7 @@ struct SolveArgs {
     Rows x;        // float32; may be rhs itself
     Rows rounded;  // x in 16 bits too, or data null
     Rows values;
-    Rows out;  // or data null; then, which is the backward pass, these two:
+    Rows out;  // or data null: then this is the backward pass, which has
     Rows forward_x;
     float* from_start;  // [B, T, heads], from which e^{gc} forward_x' H x is subtracted
     int* steps;    // [B, T, heads] or null

@@ -295,7 +295,7 @@ __device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const 
 template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads, typename PutScale>
 __device__ __forceinline__ void convert_rows(__half* panels, const PutScale& put_scale, DType dtype, int target) {
     if constexpr (Float32) __syncwarp();  // other threads of the row have fetched parts of this thread's
-#pragma unroll 1
+#pragma unroll 1  // the kernels are long: what misses the instruction cache costs more than the loop
     for (int t = threadIdx.x / 8; t < kChunk; t += Threads / 8) {
         float v[Panels][8];
         float amax = 0.f;

@@ -10,8 +10,8 @@
 //
 // The scores do'.v' = do.v - w.k are residuals: both terms meet in one fp32 sum, before anything is rounded. dg is a
 // sum of what crosses token t and not a difference of running totals, which would lose small gradients in large ones.
-// What of it needs S comes from elsewhere: <dS, S> from the kernel that makes dS (state.cu), and the second sum's addends
-// from dx (x' G do) and the backward solve (x' H w), which have the state at hand.
+// What of it needs S comes from elsewhere: <dS, S> from the kernel that makes dS (state.cu), and the second sum's
+// addends from dx (x' G do) and the backward solve (x' H w), which have the state at hand.
 // Rows are keys: a warp owns 16 tokens j. Column tiles of 64 of [v | k] are taken one after the other, each of them
 // with its part of dS.
 #include "chunk.cuh"
@@ -284,7 +284,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         products_begin<isa>(part);
         mma_panels<isa, false, false, Terms, 2, false>(part, sm.k, first_row, sm.state, lane);
         if constexpr (KTiles == 2)
-            mma_panels<isa, false, false, Terms, 2>(part, sm.k + Terms * kPanel, first_row, sm.state + 2 * kPanel, lane);
+            mma_panels<isa, false, false, Terms, 2>(part, sm.k + Terms * kPanel, first_row, sm.state + 2 * kPanel,
+                                                    lane);
         products_end<isa>(part);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

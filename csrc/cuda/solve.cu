@@ -436,7 +436,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
 #pragma unroll
                 for (int n = 0; n < 8; ++n) {
                     const float2 pair = forward_x.pair(n);
-                    tile_sum = fmaf(pair.x, part[ct].c[n][half * 2], fmaf(pair.y, part[ct].c[n][half * 2 + 1], tile_sum));
+                    const float* const p = &part[ct].c[n][half * 2];
+                    tile_sum = fmaf(pair.x, p[0], fmaf(pair.y, p[1], tile_sum));
                 }
                 sum = fmaf(h_share[ct], tile_sum, sum);
             }

@@ -397,7 +397,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     if (kOverlaps && a.overlaps) {
         before_place = state_tile(a.before, sequence.first_slot + first_index, head, column_tiles, tile);
         before_places = -a.before.heads * column_tiles;
-        before_panel = a.before.panels + (before_place * KTiles + row_tile) * 2 * kPanel + first_row * kChunk + lane * 8;
+        before_panel =
+            a.before.panels + (before_place * KTiles + row_tile) * 2 * kPanel + first_row * kChunk + lane * 8;
         overlap = a.overlaps + (((sequence.first_slot + first_index) * a.heads + head) * column_tiles + tile) * kWarps +
                   warp;
     }
@@ -415,7 +416,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         if (pass == Pass::states && warp == step % kWarps && lane == 0) {  // the warps take turns
             const Pow2Scale s = scale_to(block_max(sm.state_max), 13);
             sm.state_scale = s.up;
-            if (kOverlaps && a.overlaps) sm.before_scale = a.before.scales[before_place + int64_t(before_places) * step];
+            if (kOverlaps && overlap)
+                sm.before_scale = a.before.scales[before_place + int64_t(before_places) * step];
             a.states.scales[place + int64_t(places) * step] = s.down;
         }
         publish_shared<isa>();
