@@ -182,17 +182,20 @@ void forward_states(const Call& c, const States& states, float* end_kk, float* e
                                         segments.sums_data(),
                                         segments.decays_data(),
                                         c.lamb.const_data_ptr<float>(),
-                                        static_cast<LambPair*>(c.lamb_pairs.data_ptr())},
+                                        static_cast<LambPair*>(c.lamb_pairs.data_ptr()),
+                                        {},
+                                        nullptr},
                                        c.stream));
 }
 
 void solve(const Call& c, const States& states, const Tensor& rhs, const Tensor& x, const Rows& rounded,
-           const Rows& out, int* steps, float* bound, int64_t max_iterations, double tolerance) {
+           const Rows& out, const Rows& forward_x, float* from_start, int* steps, float* bound, int64_t max_iterations,
+           double tolerance) {
     const int64_t heads = c.size.HO;
     C10_CUDA_CHECK(launch_solve({c.problem, rows_of(rhs, heads, c.size.K), c.k_rows(heads), c.gates(heads),
                                  static_cast<const LambPair*>(c.lamb_pairs.const_data_ptr()), states.view(heads),
-                                 rows_of(x, heads, c.size.K), rounded, c.v_rows(heads), out, steps, bound,
-                                 static_cast<int>(heads), static_cast<int>(max_iterations),
+                                 rows_of(x, heads, c.size.K), rounded, c.v_rows(heads), out, forward_x, from_start,
+                                 steps, bound, static_cast<int>(heads), static_cast<int>(max_iterations),
                                  static_cast<float>(tolerance)},
                                 c.stream));
 }
@@ -213,8 +216,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
 
     const States states(c, p.HS);
     forward_states(c, states, end_kk.data_ptr<float>(), end_kv.data_ptr<float>());
-    solve(c, states, q, x, kNoRows, rows_of(o, p.HO, p.V), steps.data_ptr<int>(), bound.data_ptr<float>(),
-          max_cg_iterations, cg_tol);
+    solve(c, states, q, x, kNoRows, rows_of(o, p.HO, p.V), kNoRows, nullptr, steps.data_ptr<int>(),
+          bound.data_ptr<float>(), max_cg_iterations, cg_tol);
     return {without_padding(o, p.V), without_padding(x, p.K), end_kk, end_kv, steps, bound};
 }
 
@@ -238,20 +241,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     const auto f32 = c.float_options();
     const int heads = static_cast<int>(p.HO);
 
-    const States states(c, p.HS), adjoints(c, p.HO);
+    const States states(c, p.HS);
     forward_states(c, states, nullptr, nullptr);
 
     // w = (H + Lambda)^-1 G do, solved in the place of its right-hand side.
     const Tensor w = empty_padded({p.B, p.T, p.HO, p.K}, f32);
     const Rows do_rows = rows_of(d_o, heads, p.V), x_rows = rows_of(x, heads, p.K), w_rows = rows_of(w, heads, p.K);
-    C10_CUDA_CHECK(launch_dx(
-        {c.problem, do_rows, c.k_rows(heads), c.v_rows(heads), c.gates(heads), states.view(heads), w_rows, heads},
-        c.stream));
+    const Tensor from_start = at::empty({p.B, p.T, p.HO}, f32);
+    C10_CUDA_CHECK(launch_dx({c.problem, do_rows, c.k_rows(heads), c.v_rows(heads), c.gates(heads), states.view(heads),
+                              x_rows, w_rows, from_start.data_ptr<float>(), heads},
+                             c.stream));
     // With a head of q for every output head, dq is w in q's dtype.
     const bool own_dq = p.HO == p.HQ && q.scalar_type() != at::kFloat;
     const Tensor dq = own_dq ? empty_padded({p.B, p.T, p.HO, p.K}, q.options()) : w;
-    solve(c, states, w, w, own_dq ? rows_of(dq, heads, p.K) : kNoRows, kNoRows, nullptr, nullptr, max_cg_iterations,
-          cg_tol);
+    solve(c, states, w, w, own_dq ? rows_of(dq, heads, p.K) : kNoRows, kNoRows, x_rows, from_start.data_ptr<float>(),
+          nullptr, nullptr, max_cg_iterations, cg_tol);
+
+    // The adjoints take the place of the states, which nobody needs any more, unless output heads share these.
+    const States adjoints = p.HO == p.HS ? states : States(c, p.HO);
+    const Tensor overlaps = at::empty({c.problem.slots() * p.HO * overlap_parts(c.problem)}, f32);
 
     const Tensor end_kk = at::empty({p.N, p.HO, p.K, p.K}, f32), end_kv = at::empty({p.N, p.HO, p.K, p.V}, f32);
     const SegmentSums segments(c, heads);
@@ -270,7 +278,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
                                         segments.sums_data(),
                                         segments.decays_data(),
                                         nullptr,
-                                        nullptr},
+                                        nullptr,
+                                        states.view(heads),
+                                        overlaps.data_ptr<float>()},
                                        c.stream));
 
     // Grouped heads: every output head makes its own gradients, in float32, which are then added up.
@@ -283,8 +293,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
         cu_seqlens ? at::zeros(dlamb_shape, f32) : at::empty(dlamb_shape, f32);  // packed: some slots are not in use
     C10_CUDA_CHECK(
         launch_grad({c.problem, x_rows, w_rows, do_rows, c.k_rows(heads), c.v_rows(heads), c.gates(heads),
-                     states.view(heads), adjoints.view(heads), rows_of(dk, heads, p.K), rows_of(dv, heads, p.V),
-                     dg.data_ptr<float>(), dbeta.data_ptr<float>(), dlamb.data_ptr<float>(), heads},
+                     adjoints.view(heads), from_start.const_data_ptr<float>(), overlaps.const_data_ptr<float>(),
+                     rows_of(dk, heads, p.K), rows_of(dv, heads, p.V), dg.data_ptr<float>(), dbeta.data_ptr<float>(),
+                     dlamb.data_ptr<float>(), heads},
                     c.stream));
 
     return {sum_groups(without_padding(dq, p.K), 2, p.HQ, p.dtype),

@@ -104,7 +104,13 @@ struct StateArgs {
     float* segment_decays;  // [segments, heads] likewise
     const float* lamb;      // [heads, K] } with this the kernel fills in what the solver will want (not reverse)
     LambPair* lamb_pairs;   // [heads, K / 2 padded to a multiple of 32 (with ones)], or null
+    // Reverse: the states before the chunks (they may lie in `states`, and are overwritten then), and each chunk's
+    // <adjoint, state> in overlap_parts() addends [slots, heads, parts], or null.
+    SplitStates before;
+    float* overlaps;
 };
+// Addends of one chunk and head's <adjoint, state>: one of each warp of each column tile, at most 32.
+inline int overlap_parts(const Problem& p) { return (tiles(p.V) + tiles(p.K)) * tiles(p.K) * 4; }
 cudaError_t launch_chunk_states(const StateArgs&, cudaStream_t);
 
 // x_t = (H_t + diag(lamb))^-1 rhs_t by conjugate gradient, and where `out` is wanted the read-out out_t = G_t' x_t.
@@ -118,7 +124,9 @@ struct SolveArgs {
     Rows x;        // float32; may be rhs itself
     Rows rounded;  // x in 16 bits too, or data null
     Rows values;
-    Rows out;  // or data null
+    Rows out;  // or data null: then this is the backward pass, which has
+    Rows forward_x;
+    float* from_start;  // [B, T, heads], from which e^{gc} forward_x' H x is subtracted
     int* steps;    // [B, T, heads] or null
     float* bound;  // [B, T, heads] or null
     int heads;
@@ -133,7 +141,9 @@ struct DxArgs {
     Rows d_o, keys, values;
     Gates gates;
     SplitStates states;
+    Rows x;   // of the forward pass, float32
     Rows dx;  // float32
+    float* from_start;  // [B, T, heads] e^{gc} x' G do
     int heads;
 };
 cudaError_t launch_dx(const DxArgs&, cudaStream_t);
@@ -143,8 +153,9 @@ struct GradArgs {
     Problem problem;
     Rows x, w, d_o, k, v;
     Gates gates;
-    SplitStates states;    // before each chunk
-    SplitStates adjoints;  // after each chunk
+    SplitStates adjoints;     // after each chunk
+    const float* from_start;  // [B, T, heads] e^{gc} x' S do', of the state before each chunk
+    const float* overlaps;    // see StateArgs
     Rows dk, dv;           // heads as the kernel's
     float* dg;             // [B, T, heads]
     float* dbeta;          // [B, T, heads]

@@ -218,6 +218,20 @@ __device__ __forceinline__ void store_strip(const Rows& m, const Chunk& c, int h
     else store_strip<false>(m, c, head, first_row, col0, acc, lane);
 }
 
+// One of a lane's two rows of float32 [64][64 ..] from column col0 on, read where it lies: zero past the end.
+struct StripRow {
+    const float* row;
+    int columns;  // that are left from this lane's first on
+
+    __device__ __forceinline__ StripRow(const Rows& m, const Chunk& c, int head, int t, int col0, int lane)
+        : row(static_cast<const float*>(m.data) + row_offset(m, c, t, head) + col0 + acc_col(lane, 0)),
+          columns(t < c.length ? m.width - col0 - acc_col(lane, 0) : 0) {}
+
+    __device__ __forceinline__ float2 pair(int n) const {
+        return n * 8 < columns ? *reinterpret_cast<const float2*>(row + n * 8) : float2{0.f, 0.f};
+    }
+};
+
 // Asks for the rows of a chunk to come to the L2 cache.
 __device__ __forceinline__ void prefetch_rows(const Rows& m, const Chunk& c, int head) {
     constexpr int kLine = 128, kLanes = kThreads / kChunk;  // bytes; threads for a row
@@ -281,7 +295,7 @@ __device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const 
 template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads, typename PutScale>
 __device__ __forceinline__ void convert_rows(__half* panels, const PutScale& put_scale, DType dtype, int target) {
     if constexpr (Float32) __syncwarp();  // other threads of the row have fetched parts of this thread's
-#pragma unroll 2
+#pragma unroll 1  // the kernels are long: what misses the instruction cache costs more than the loop
     for (int t = threadIdx.x / 8; t < kChunk; t += Threads / 8) {
         float v[Panels][8];
         float amax = 0.f;

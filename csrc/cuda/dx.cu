@@ -2,6 +2,7 @@
 //
 //     dX = e^{gc} (dO G_c') + ((dO V') o M) K
 //
+// x' of the first part, which is wanted for dg, is made on the way.
 // Everything that is not exact in fp16 is taken in two terms: this is where precision would be lost.
 #include "chunk.cuh"
 
@@ -49,6 +50,7 @@ __global__ void __launch_bounds__(kThreads, VTiles == 1 && Terms == 1 ? 3 : 2)
     else fetch_rows<2, Terms>(sm.keys, a.keys, chunk, head, 0);
     ptx::cp_async_commit();
     fetch_state(sm.state, 0);
+    prefetch_rows(a.x, chunk, head);
     load_gates(sm.gates, a.gates, a.problem, chunk, head);
     ptx::cp_async_wait<1>();
     convert_rows<VTiles, Terms>(sm.d_o, sm.do_scale, a.d_o.dtype, 4);
@@ -100,6 +102,7 @@ __global__ void __launch_bounds__(kThreads, VTiles == 1 && Terms == 1 ? 3 : 2)
         __syncthreads();  // keys and values have been used
         fetch_state(sm.second_state, 1);
     }
+    float from_start[2] = {0.f, 0.f};
     const auto add_state = [&](Acc& to, const __half* state, int tile) {
         publish_shared<isa>();
         __syncthreads();
@@ -111,17 +114,23 @@ __global__ void __launch_bounds__(kThreads, VTiles == 1 && Terms == 1 ? 3 : 2)
                                                           state + 2 * kPanel, lane);
         products_end<isa>(part[0], part[VTiles - 1]);
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < 2; ++half) {
+            const StripRow x(a.x, chunk, head, first_row + acc_row(lane, half), tile * kChunk, lane);
 #pragma unroll
-            for (int n = 0; n < 8; ++n)
+            for (int n = 0; n < 8; ++n) {
+                const float2 x_pair = x.pair(n);
 #pragma unroll
-                for (int e = half * 2; e < half * 2 + 2; ++e) {
-                    float sum = to.c[n][e] * score_scale[half];
+                for (int e = 0; e < 2; ++e) {
+                    float sum = 0.f;
 #pragma unroll
                     for (int i = 0; i < VTiles; ++i)
-                        sum = fmaf(start_scale[half] * a.states.scales[place + i], part[i].c[n][e], sum);
-                    to.c[n][e] = sum;
+                        sum = fmaf(start_scale[half] * a.states.scales[place + i], part[i].c[n][half * 2 + e], sum);
+                    from_start[half] = fmaf(e ? x_pair.y : x_pair.x, sum, from_start[half]);
+                    float& out = to.c[n][half * 2 + e];
+                    out = fmaf(out, score_scale[half], sum);
                 }
+            }
+        }
         store_strip<true>(a.dx, chunk, head, first_row, tile * kChunk, to, lane);
     };
     if (k_tiles == 2) ptx::cp_async_wait<1>();
@@ -130,6 +139,13 @@ __global__ void __launch_bounds__(kThreads, VTiles == 1 && Terms == 1 ? 3 : 2)
     if (k_tiles == 2) {
         ptx::cp_async_wait<0>();
         add_state(out[1], sm.second_state, 1);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int t = first_row + acc_row(lane, half);
+        const float sum = quad_sum(from_start[half]);
+        if (lane % 4 == 0 && t < chunk.length)
+            a.from_start[(chunk.batch * a.problem.T + chunk.token + t) * a.heads + head] = sum;
     }
 }
 

@@ -10,8 +10,10 @@
 //
 // The scores do'.v' = do.v - w.k are residuals: both terms meet in one fp32 sum, before anything is rounded. dg is a
 // sum of what crosses token t and not a difference of running totals, which would lose small gradients in large ones.
+// What of it needs S comes from elsewhere: <dS, S> from the kernel that makes dS (state.cu), and the second sum's
+// addends from dx (x' G do) and the backward solve (x' H w), which have the state at hand.
 // Rows are keys: a warp owns 16 tokens j. Column tiles of 64 of [v | k] are taken one after the other, each of them
-// with its part of dS and then of S in the same place.
+// with its part of dS.
 #include "chunk.cuh"
 
 namespace mesa {
@@ -23,13 +25,14 @@ struct Shared {
     __half k[KTiles * Terms * kPanel];
     __half d_o[2 * kPanel];             // the current column tile of do or w
     __half v[Terms * kPanel];           // the current column tile of v
-    __half state[KTiles * 2 * kPanel];  // the current column tile of dS or S
+    __half state[KTiles * 2 * kPanel];  // the current column tile of dS
     ChunkGates gates;
     float x_scale[kChunk], k_scale[kChunk], do_scale[kChunk], v_scale[kChunk];
     float from_start[kChunk];  // e^{gc_i} x_i' S do'_i
     float to_end[kChunk];      // beta_j rho_Cj k_j' dS v'_j
-    float column[kThreads / 32][kChunk];  // sums of columns over each warp's rows: of w o x, then of what dg has inside
-    float warp_sum[kThreads / 32];
+    // Sums of columns over each warp's rows: of w o x, and of what dg has inside.
+    float w_x[kThreads / 32][kChunk], crossing[kThreads / 32][kChunk];
+    float overlaps[32];  // addends of <dS, S>
 };
 
 template <int Terms>
@@ -64,41 +67,6 @@ struct HeadRows {
     }
 };
 
-// A thread's part of a row tile of S on its way through registers: 16-byte pieces of hi and of lo.
-struct StatePieces {
-    static constexpr int kPieces = kPanel / 8 / kThreads;
-    uint4 hi[kPieces], lo[kPieces];
-
-    __device__ __forceinline__ void load(const __half* panels, int p) {
-        const uint4* const from = reinterpret_cast<const uint4*>(panels) + threadIdx.x + p * kThreads;
-        hi[p] = ptx::load_once(from), lo[p] = ptx::load_once(from + kPanel / 8);
-    }
-};
-
-// Puts a column tile of S in the place of the same tile of dS; returns this thread's part of <dS, S>, in the tiles'
-// units. `pieces` hold the first row tile; each piece of the second is asked for as soon as it has room.
-template <int KTiles>
-__device__ __forceinline__ float replace_and_dot(__half* ds, const __half* s, StatePieces& pieces) {
-    float sum = 0.f;
-#pragma unroll
-    for (int kt = 0; kt < KTiles; ++kt)
-#pragma unroll
-        for (int p = 0; p < StatePieces::kPieces; ++p) {
-            uint4* const to = reinterpret_cast<uint4*>(ds + kt * 2 * kPanel) + threadIdx.x + p * kThreads;
-            const uint4 hi = pieces.hi[p], lo = pieces.lo[p], to_hi = to[0], to_lo = to[kPanel / 8];
-            to[0] = hi, to[kPanel / 8] = lo;
-            if (kt + 1 < KTiles) pieces.load(s + (kt + 1) * 2 * kPanel, p);
-            const uint32_t a[4] = {hi.x, hi.y, hi.z, hi.w}, b[4] = {lo.x, lo.y, lo.z, lo.w};
-            const uint32_t c[4] = {to_hi.x, to_hi.y, to_hi.z, to_hi.w}, d[4] = {to_lo.x, to_lo.y, to_lo.z, to_lo.w};
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float2 f = unpack(a[e]), g = unpack(b[e]), h = unpack(c[e]), t = unpack(d[e]);
-                sum = fmaf(f.x + g.x, h.x + t.x, fmaf(f.y + g.y, h.y + t.y, sum));
-            }
-        }
-    return sum;
-}
-
 // Sums over a warp's rows, in which `v` are a lane's addends to its columns acc_col(lane, n) + e. Returns those of
 // columns 2 lane and 2 lane + 1: in each step a lane gives away one half of the columns and keeps the other.
 __device__ __forceinline__ float2 column_sums(float (&v)[8][2], int lane) {
@@ -127,37 +95,52 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
     const int v_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = v_tiles + KTiles;
-    const int s_place = static_cast<int>(state_tile(a.states, slot, head, column_tiles, 0));
     const int ds_place = static_cast<int>(state_tile(a.adjoints, slot, head, column_tiles, 0));
     const auto tile_of = [](const SplitStates& s, int64_t place) { return s.panels + place * KTiles * 2 * kPanel; };
     const auto fetch_adjoint = [&](int ct) {
         copy_panels_async<KTiles * 2>(sm.state, tile_of(a.adjoints, ds_place + ct));
         ptx::cp_async_commit();
     };
-    const auto fetch_tile = [&](int ct) {  // do and v, or w
+    const auto fetch_outputs = [&](int ct) {  // do or w
         if (ct < v_tiles) {
-            const HeadRows d_o(a.d_o, head), v(a.v, head);
+            const HeadRows d_o(a.d_o, head);
             fetch_rows<1, 2, Terms == 2>(sm.d_o, d_o.rows, chunk, d_o.head, ct * kChunk);
-            fetch_rows<1, Terms>(sm.v, v.rows, chunk, v.head, ct * kChunk);
         } else {
             const HeadRows w(a.w, head);
             fetch_rows<1, 2>(sm.d_o, w.rows, chunk, w.head, (ct - v_tiles) * kChunk);
         }
         ptx::cp_async_commit();
     };
+    const auto fetch_values = [&](int ct) {
+        if (ct < v_tiles) {
+            const HeadRows v(a.v, head);
+            fetch_rows<1, Terms>(sm.v, v.rows, chunk, v.head, ct * kChunk);
+        }
+        ptx::cp_async_commit();
+    };
 
-    // Everything is asked for at once, in the order in which it is needed. Later do, w and v are asked for as soon as
-    // the last tile's have been used, which is before S is, and dS when S has been used.
+    // Everything is asked for at once, in the order in which it is needed. Later do or w are asked for as soon as
+    // the last tile's have been used, v and dS at the end of the tile; all comes from the L2 cache then.
     const HeadRows x(a.x, head), k(a.k, head);
     fetch_rows<KTiles, 2>(sm.x, x.rows, chunk, x.head, 0);
     fetch_rows<KTiles, Terms>(sm.k, k.rows, chunk, k.head, 0);
     ptx::cp_async_commit();
-    fetch_tile(0);
+    fetch_outputs(0);
+    fetch_values(0);
     fetch_adjoint(0);
+    if (column_tiles > 2) prefetch_rows(a.d_o, chunk, head);
+    prefetch_rows(a.w, chunk, head);
+    if (v_tiles > 1) prefetch_rows(a.v, chunk, head);
     ptx::prefetch_l2(a.adjoints.scales + ds_place);
-    ptx::prefetch_l2(a.states.scales + s_place);
     load_gates(sm.gates, a.gates, a.problem, chunk, head);
-    ptx::cp_async_wait<2>();
+    if (threadIdx.x < kChunk) {
+        const int64_t at = (chunk.batch * a.problem.T + chunk.token + threadIdx.x) * a.heads + head;
+        sm.from_start[threadIdx.x] = threadIdx.x < chunk.length ? a.from_start[at] : 0.f;
+    } else if (threadIdx.x < kChunk + 32) {
+        const int i = threadIdx.x - kChunk, parts = column_tiles * KTiles * 4;
+        sm.overlaps[i] = i < parts ? a.overlaps[(slot * a.heads + head) * parts + i] : 0.f;
+    }
+    ptx::cp_async_wait<3>();
     convert_rows<KTiles, 2>(sm.x, sm.x_scale, a.x.dtype, 4);
     convert_rows<KTiles, Terms>(sm.k, sm.k_scale, a.k.dtype, 0);
     publish_shared<isa>();
@@ -168,11 +151,10 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 
     // qk_ji = rho_ij x_i . k_j
     Acc qk;
-    zero(qk);
     products_begin<isa>(qk);
-#pragma unroll
-    for (int kt = 0; kt < KTiles; ++kt)
-        mma_panels<isa, false, true, Terms, 2>(qk, sm.k + kt * Terms * kPanel, first_row, sm.x + kt * 2 * kPanel, lane);
+    mma_panels<isa, false, true, Terms, 2, false>(qk, sm.k, first_row, sm.x, lane);
+    if constexpr (KTiles == 2)
+        mma_panels<isa, false, true, Terms, 2>(qk, sm.k + Terms * kPanel, first_row, sm.x + 2 * kPanel, lane);
     products_end<isa>(qk);
 #pragma unroll
     for (int n = 0; n < 8; ++n)
@@ -191,24 +173,23 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 #pragma unroll
     for (int half = 0; half < 2; ++half) from_chunk_end[half] = sm.gates.decay(kChunk - 1, row[half]);
 
-    const auto column_total = [&](int i) {
-        return (sm.column[0][i] + sm.column[1][i]) + (sm.column[2][i] + sm.column[3][i]);
+    const auto column_total = [](const float(&of_warp)[kThreads / 32][kChunk], int i) {
+        return (of_warp[0][i] + of_warp[1][i]) + (of_warp[2][i] + of_warp[3][i]);
     };
 
     // Tile by tile: u and dv' from the end of the chunk, dv' from inside it, the scores, and what reaches dg from
-    // outside.
+    // behind.
     Acc u[KTiles], scores;
     zero(scores);
 #pragma unroll
     for (int kt = 0; kt < KTiles; ++kt) zero(u[kt]);
-    float from_start[2] = {0.f, 0.f}, to_end[2] = {0.f, 0.f}, across = 0.f;
+    float to_end[2] = {0.f, 0.f};
     for (int ct = 0; ct < column_tiles; ++ct) {
         lane = ptx::opaque(thread_lane);  // or addresses made of it would be kept from tile to tile
         row[0] = first_row + acc_row(lane, 0), row[1] = first_row + acc_row(lane, 1);
         const bool is_v = ct < v_tiles;
         const int col0 = (is_v ? ct : ct - v_tiles) * kChunk;
         const float sign = is_v ? 1.f : -1.f;
-        prefetch_panels<KTiles * 2>(tile_of(a.states, s_place + ct));
         if (ct + 1 < column_tiles) prefetch_panels<KTiles * 2>(tile_of(a.adjoints, ds_place + ct + 1));
         ptx::cp_async_wait<1>();  // dS may still be on its way
         if (is_v) {
@@ -225,9 +206,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const float value_scale[2] = {value_scales[row[0]], value_scales[row[1]]};
         const auto do_scale = [&](int n) { return *reinterpret_cast<const float2*>(sm.do_scale + acc_col(lane, n)); };
         Acc part;  // scores; meanwhile the operand of dv' is made
-        zero(part);
         products_begin<isa>(part);
-        mma_panels<isa, false, true, Terms, 2>(part, values, first_row, sm.d_o, lane);
+        mma_panels<isa, false, true, Terms, 2, false>(part, values, first_row, sm.d_o, lane);
         products_commit<isa>();
         Operand<2> weights;  // qk with do's scales in it, for dv'
         float weight_scale[2];
@@ -253,14 +233,32 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         }
         settle(column_tiles, scores);
         Acc dv;  // without beta; under way while dS is waited for
-        zero(dv);
         products_begin<isa>(dv);
-        mma_AB<isa, 2>(dv, weights, sm.d_o, lane);
+        mma_AB<isa, 2, false>(dv, weights, sm.d_o, lane);
         products_commit<isa>();
+        if (!is_v) {  // dlamb = -sum_t w_t o x_t
+            float sum[8][2] = {};
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float scale = -sm.do_scale[row[half]] * sm.x_scale[row[half]];
+#pragma unroll
+                for (int n = 0; n < 8; ++n) {
+                    const float2 w = panel_pair<2>(sm.d_o, row[half], acc_col(lane, n));
+                    const float2 x = panel_pair<2>(sm.x + (ct - v_tiles) * 2 * kPanel, row[half], acc_col(lane, n));
+                    sum[n][0] = fmaf(w.x * scale, x.x, sum[n][0]);
+                    sum[n][1] = fmaf(w.y * scale, x.y, sum[n][1]);
+                }
+            }
+            *reinterpret_cast<float2*>(&sm.w_x[warp][2 * lane]) = column_sums(sum, lane);
+        }
+        products_wait<isa, 0>(dv);
         ptx::cp_async_wait<0>();
         publish_shared<isa>();
-        __syncthreads();  // dS is there
-        products_wait<isa, 0>(dv);
+        __syncthreads();  // dS is there, and do or w has been used
+        if (ct + 1 < column_tiles) fetch_outputs(ct + 1);
+        const int column = threadIdx.x;
+        if (!is_v && column < kChunk && col0 + column < a.problem.K)
+            a.dlamb[(slot * a.heads + head) * a.problem.K + col0 + column] = column_total(sm.w_x, column);
 #pragma unroll
         for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -269,9 +267,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const float adjoint_scale = a.adjoints.scales[ds_place + ct];
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt) {
-            zero(part);
             products_begin<isa>(part);
-            mma_panels<isa, false, true, Terms, 2>(part, values, first_row, sm.state + kt * 2 * kPanel, lane);
+            mma_panels<isa, false, true, Terms, 2, false>(part, values, first_row, sm.state + kt * 2 * kPanel, lane);
             products_end<isa>(part);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -284,12 +281,11 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             }
             settle(column_tiles, u[kt]);
         }
-        zero(part);
         products_begin<isa>(part);
-#pragma unroll
-        for (int kt = 0; kt < KTiles; ++kt)
-            mma_panels<isa, false, false, Terms, 2>(part, sm.k + kt * Terms * kPanel, first_row,
-                                                    sm.state + kt * 2 * kPanel, lane);
+        mma_panels<isa, false, false, Terms, 2, false>(part, sm.k, first_row, sm.state, lane);
+        if constexpr (KTiles == 2)
+            mma_panels<isa, false, false, Terms, 2>(part, sm.k + Terms * kPanel, first_row, sm.state + 2 * kPanel,
+                                                    lane);
         products_end<isa>(part);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -324,60 +320,10 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             }
         }
 
-        // This lane's part of do or w is taken out (so that the next tile can come) and, where it is w, multiplied by
-        // x: dlamb = -sum_t w_t o x_t.
-        const __half* const s_tile = tile_of(a.states, s_place + ct);
-        float2 outputs[2][8];
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int n = 0; n < 8; ++n) outputs[half][n] = panel_pair<2>(sm.d_o, row[half], acc_col(lane, n));
-        const float output_scale[2] = {sign * sm.do_scale[row[0]], sign * sm.do_scale[row[1]]};
-        if (!is_v) {
-            float sum[8][2] = {};
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float scale = output_scale[half] * sm.x_scale[row[half]];
-#pragma unroll
-                for (int n = 0; n < 8; ++n) {
-                    const float2 x = panel_pair<2>(sm.x + (ct - v_tiles) * 2 * kPanel, row[half], acc_col(lane, n));
-                    sum[n][0] = fmaf(outputs[half][n].x * scale, x.x, sum[n][0]);
-                    sum[n][1] = fmaf(outputs[half][n].y * scale, x.y, sum[n][1]);
-                }
-            }
-            *reinterpret_cast<float2*>(&sm.column[warp][2 * lane]) = column_sums(sum, lane);
-        }
-        StatePieces pieces;
-#pragma unroll
-        for (int p = 0; p < StatePieces::kPieces; ++p) pieces.load(s_tile, p);
-        __syncthreads();  // this tile of dS, do and v has been used
-        if (ct + 1 < column_tiles) fetch_tile(ct + 1);
-        const int column = threadIdx.x;
-        if (!is_v && column < kChunk && col0 + column < a.problem.K)
-            a.dlamb[(slot * a.heads + head) * a.problem.K + col0 + column] = column_total(column);
-
-        const float state_scale = a.states.scales[s_place + ct];
-        across = fmaf(replace_and_dot<KTiles>(sm.state, s_tile, pieces) * adjoint_scale, state_scale, across);
-        publish_shared<isa>();
-        __syncthreads();  // S is there
-        zero(part);
-        products_begin<isa>(part);
-#pragma unroll
-        for (int kt = 0; kt < KTiles; ++kt)
-            mma_panels<isa, false, false, 2, 2>(part, sm.x + kt * 2 * kPanel, first_row, sm.state + kt * 2 * kPanel,
-                                                lane);
-        products_end<isa>(part);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float sum = 0.f;
-#pragma unroll
-            for (int n = 0; n < 8; ++n)
-                sum = fmaf(outputs[half][n].x, part.c[n][half * 2],
-                           fmaf(outputs[half][n].y, part.c[n][half * 2 + 1], sum));
-            from_start[half] = fmaf(sum * output_scale[half], sm.x_scale[row[half]] * state_scale, from_start[half]);
-        }
-        __syncthreads();  // this tile of S has been used
-        if (ct + 1 < column_tiles) fetch_adjoint(ct + 1);
+        if (ct + 1 == column_tiles) break;
+        __syncthreads();  // this tile of dS and v has been used
+        fetch_values(ct + 1);
+        fetch_adjoint(ct + 1);
     }
 
     // Inside the chunk.
@@ -409,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             }
             inside[half] = later;
         }
-        *reinterpret_cast<float2*>(&sm.column[warp][2 * lane]) = column_sums(crossing, lane);
+        *reinterpret_cast<float2*>(&sm.crossing[warp][2 * lane]) = column_sums(crossing, lane);
     }
 #pragma unroll
     for (int n = 0; n < 8; ++n)
@@ -425,14 +371,10 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             }
         }
 #pragma unroll
-    for (int d = 16; d; d /= 2) across += __shfl_xor_sync(0xffffffffu, across, d);
-    if (lane == 0) sm.warp_sum[warp] = across;
-#pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int t = row[half];
-        const float start = quad_sum(from_start[half]), end = quad_sum(to_end[half]), dbeta = end + inside[half];
+        const float end = quad_sum(to_end[half]), dbeta = end + inside[half];
         if (lane % 4 == 0) {
-            sm.from_start[t] = sm.gates.decay_from_start(t) * start;
             sm.to_end[t] = sm.gates.beta[t] * end;
             if (t < chunk.length) a.dbeta[(chunk.batch * a.problem.T + chunk.token + t) * a.heads + head] = dbeta;
         }
@@ -444,11 +386,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         acc_operand(operand, scores);
         const HeadRows to(a.dk, head);
         Acc part[KTiles];
-#pragma unroll
-        for (int kt = 0; kt < KTiles; ++kt) zero(part[kt]);
         products_begin<isa>(part[0], part[KTiles - 1]);
-#pragma unroll
-        for (int kt = 0; kt < KTiles; ++kt) mma_AB<isa, 2>(part[kt], operand, sm.x + kt * 2 * kPanel, lane);
+        mma_AB<isa, 2, false>(part, operand, sm.x, 2 * kPanel, lane);
         products_end<isa>(part[0], part[KTiles - 1]);
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt) {
@@ -478,14 +417,16 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const float later = __shfl_down_sync(0xffffffffu, from_here, 1);
         const float earlier = __shfl_up_sync(0xffffffffu, up_to_here, 1);
         const float behind = lane < 31 ? later : 0.f, before = lane > 0 ? earlier : 0.f;
-        const float everywhere = ((sm.warp_sum[0] + sm.warp_sum[1]) + (sm.warp_sum[2] + sm.warp_sum[3])) *
-                                 sm.gates.decay_from_start(kChunk - 1);
+        float everywhere = sm.overlaps[lane];
+#pragma unroll
+        for (int d = 16; d; d /= 2) everywhere += __shfl_xor_sync(0xffffffffu, everywhere, d);
+        everywhere *= sm.gates.decay_from_start(kChunk - 1);
         const float sum[2] = {from_here + before, start[1] + behind + (before + sm.to_end[t])};
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             if (t + i < chunk.length)
                 a.dg[(chunk.batch * a.problem.T + chunk.token + t + i) * a.heads + head] =
-                    everywhere + (sum[i] + column_total(t + i));
+                    everywhere + (sum[i] + column_total(sm.crossing, t + i));
     }
 }
 

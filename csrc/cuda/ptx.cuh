@@ -64,15 +64,6 @@ __device__ __forceinline__ float4 load_in_place(const float4* p) {
     return v;
 }
 
-// A read of what is needed once: it does not push other data, spilled registers for one, out of the L1 cache.
-__device__ __forceinline__ uint4 load_once(const uint4* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    return v;
-}
-
 // Writes of what will not be read again for long: the caches may drop it first. (The compiler may take float4 stores
 // apart, into four that write a quarter of every sector each; not these.)
 __device__ __forceinline__ void store_streaming(float* to, const float (&v)[4]) {

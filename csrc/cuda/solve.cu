@@ -1,5 +1,5 @@
 // solve: x_t = (H_t + diag(lamb))^-1 rhs_t for the 64 tokens of a chunk, by preconditioned conjugate gradient (cg.h),
-// and in the forward pass the read-out o_t = G_t' x_t.
+// and in the forward pass the read-out o_t = G_t' x_t; in the backward pass, where w is solved for, x' H w for dg.
 //
 // With c the state before the chunk, P the directions of the 64 tokens and M_ij = decay(i, j) beta_j for j <= i:
 //
@@ -112,6 +112,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         for (int tile = 1; tile <= value_tiles; ++tile)
             prefetch_panels<KTiles * 2>(a.states.panels + (place - tile) * KTiles * 2 * kPanel);
         prefetch_rows(a.values, chunk, head);
+    } else {
+        prefetch_rows(a.forward_x, chunk, head);
     }
     __syncthreads();
     const int token = threadIdx.x;  // of the first 64 threads
@@ -409,6 +411,40 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         const int64_t out = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + to_head;
         if (a.steps && t < to_write.length) a.steps[out] = row.steps();
         if (a.bound && t < to_write.length) a.bound[out] = sqrtf(row.bound_squared());
+    }
+
+    if constexpr (!ReadOut) {
+        // e^{gc} x' H w, the state's part alone.
+        float x_scale[2];
+        normalise_rows(x, x_scale, 4);
+        Operand<2> queries[KTiles];
+#pragma unroll
+        for (int kt = 0; kt < KTiles; ++kt) acc_operand(queries[kt], x[kt]);
+        Acc part[KTiles];
+        products_begin<isa>(part[0], part[KTiles - 1]);
+        mma_AB<isa, 2, false>(part, queries[0], sm.h, KTiles * 2 * kPanel, end_lane);
+        if constexpr (KTiles == 2) mma_AB<isa, 2>(part, queries[1], sm.h + 2 * kPanel, KTiles * 2 * kPanel, end_lane);
+        products_end<isa>(part[0], part[KTiles - 1]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int t = end_first_row + acc_row(end_lane, half);
+            float sum = 0.f;
+#pragma unroll
+            for (int ct = 0; ct < KTiles; ++ct) {
+                const StripRow forward_x(a.forward_x, to_write, to_head, t, ct * kChunk, end_lane);
+                float tile_sum = 0.f;
+#pragma unroll
+                for (int n = 0; n < 8; ++n) {
+                    const float2 pair = forward_x.pair(n);
+                    const float* const p = &part[ct].c[n][half * 2];
+                    tile_sum = fmaf(pair.x, p[0], fmaf(pair.y, p[1], tile_sum));
+                }
+                sum = fmaf(h_share[ct], tile_sum, sum);
+            }
+            sum = quad_sum(sum) * (x_scale[half] * (start_weight[t] * scales_of_row(own_scales, half, end_lane).mu()));
+            if (end_lane % 4 == 0 && t < to_write.length)
+                a.from_start[(to_write.batch * a.problem.T + to_write.token + t) * a.heads + to_head] -= sum;
+        }
     }
 
     if constexpr (ReadOut) {

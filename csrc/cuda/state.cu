@@ -34,6 +34,7 @@ struct Shared {
     // ... and this chunk's (the other way round).
     alignas(16) float value_scale[8];  // of every eight columns
     float state_scale;
+    float before_scale;
 };
 
 // The largest of a warp's numbers, none of them negative or NaN: their bits are in the same order.
@@ -264,6 +265,19 @@ __device__ __forceinline__ float4* segment_part(const StateArgs& a, int64_t segm
     return reinterpret_cast<float4*>(a.segment_sums) + place * 8 * blockDim.x + threadIdx.x;
 }
 
+// Sum of the products of eight numbers hi + lo with eight others.
+__device__ __forceinline__ float dot8(const uint4& a_hi, const uint4& a_lo, const uint4& b_hi, const uint4& b_lo) {
+    const uint32_t a[4] = {a_hi.x, a_hi.y, a_hi.z, a_hi.w}, b[4] = {a_lo.x, a_lo.y, a_lo.z, a_lo.w};
+    const uint32_t c[4] = {b_hi.x, b_hi.y, b_hi.z, b_hi.w}, d[4] = {b_lo.x, b_lo.y, b_lo.z, b_lo.w};
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 f = unpack(a[i]), g = unpack(b[i]), h = unpack(c[i]), t = unpack(d[i]);
+        sum = fmaf(f.x + g.x, h.x + t.x, fmaf(f.y + g.y, h.y + t.y, sum));
+    }
+    return sum;
+}
+
 template <Pass pass, Isa isa, int KTiles, int KeyTerms>
 __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     chunk_states_kernel(const __grid_constant__ StateArgs a) {
@@ -374,6 +388,21 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     const int64_t place = state_tile(a.states, sequence.first_slot + first_index, head, column_tiles, tile);
     const int places = (a.reverse ? -1 : 1) * a.states.heads * column_tiles;
 
+    // The same for the states that the adjoints meet.
+    constexpr bool kOverlaps = pass == Pass::states && KeyTerms == 2;  // adjoints are of float32 keys
+    int64_t before_place = 0;
+    int before_places = 0;
+    const __half* before_panel = nullptr;
+    float* overlap = nullptr;
+    if (kOverlaps && a.overlaps) {
+        before_place = state_tile(a.before, sequence.first_slot + first_index, head, column_tiles, tile);
+        before_places = -a.before.heads * column_tiles;
+        before_panel =
+            a.before.panels + (before_place * KTiles + row_tile) * 2 * kPanel + first_row * kChunk + lane * 8;
+        overlap = a.overlaps + (((sequence.first_slot + first_index) * a.heads + head) * column_tiles + tile) * kWarps +
+                  warp;
+    }
+
     // The second half of a step is for what the next one needs.
     float decay = 1.f, log_decay = 0.f, key_scale = 1.f;
     const auto prepare = [&](int step) {
@@ -387,6 +416,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         if (pass == Pass::states && warp == step % kWarps && lane == 0) {  // the warps take turns
             const Pow2Scale s = scale_to(block_max(sm.state_max), 13);
             sm.state_scale = s.up;
+            if (kOverlaps && overlap)
+                sm.before_scale = a.before.scales[before_place + int64_t(before_places) * step];
             a.states.scales[place + int64_t(places) * step] = s.down;
         }
         publish_shared<isa>();
@@ -395,8 +426,19 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     // Where this warp's part of the state goes.
     __half* panel_place =
         a.states.panels + (place * KTiles + row_tile) * 2 * kPanel + first_row * kChunk + lane * 8;
-    const auto store_state = [&] {
+    uint4 before[2][2];  // half of this lane's part of the state that the adjoint meets
+    const auto load_before = [&](int half) {
+#pragma unroll
+        for (int term = 0; term < 2; ++term)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                before[term][i] =
+                    *reinterpret_cast<const uint4*>(before_panel + term * kPanel + half * 8 * kChunk + i * 32 * 8);
+    };
+    const auto store_state = [&](int step) {
         const int own = ptx::opaque(lane);  // the addresses are not kept
+        const bool overlaps = kOverlaps && overlap;
+        float sum = 0.f;  // this lane's part of <adjoint, state>
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             __syncwarp();  // the rows before these have been read
@@ -411,11 +453,26 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
             }
             __syncwarp();
 #pragma unroll
-            for (int term = 0; term < 2; ++term)
+            for (int i = 0; i < 2; ++i) {
+                uint4 pieces[2];
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
+                for (int term = 0; term < 2; ++term) {
+                    pieces[term] = *reinterpret_cast<const uint4*>(sm.staging[warp][term] + (i * 32 + own) * 8);
                     *reinterpret_cast<uint4*>(panel_place + term * kPanel + half * 8 * kChunk + i * 32 * 8) =
-                        *reinterpret_cast<const uint4*>(sm.staging[warp][term] + (i * 32 + own) * 8);
+                        pieces[term];
+                }
+                if (overlaps) sum += dot8(pieces[0], pieces[1], before[0][i], before[1][i]);
+            }
+            if (overlaps && half == 0) load_before(1);
+        }
+        if (overlaps) {
+#pragma unroll
+            for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+            if (lane == 0) *overlap = sum * pow2_inverse(sm.state_scale) * sm.before_scale;
+            overlap -= a.heads * column_tiles * kWarps;
+            before_panel += int64_t(before_places) * (KTiles * 2 * kPanel);
+            if (step + 1 < steps)  // a line of the next for every lane
+                ptx::prefetch_l2(before_panel - own * 8 + own / 16 * kPanel + own % 16 * kChunk);
         }
         panel_place += int64_t(places) * (KTiles * 2 * kPanel);
     };
@@ -429,6 +486,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         }
         ptx::cp_async_wait<1>();
         __syncthreads();
+        if (kOverlaps && overlap) load_before(0);
         prepare(0);
         __syncthreads();
     }
@@ -439,7 +497,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         mma_panels<isa, true, false, KeyTerms, 2>(add, sm.keys[step % 2] + row_tile * KeyTerms * kPanel, first_row,
                                                   sm.values[step % 2], lane);
         products_commit<isa>();
-        if (pass == Pass::states) store_state();
+        if (pass == Pass::states) store_state(step);
         products_wait<isa, 0>(add);
 
         segment_log_decay += log_decay;
@@ -463,6 +521,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         __syncthreads();
 
         fetch(step + 2);
+        if (kOverlaps && overlap) load_before(0);
         prepare(step + 1);
         __syncthreads();
     }

@@ -300,7 +300,7 @@ struct Pass {
     Array<float> state_scales, adjoint_scales, segment_sums, segment_decays;
     Array<LambPair> lamb_pairs;
     Output x, o, dx, dq, dk, dv;
-    Array<float> dg, dbeta, dlamb, end_kk, end_kv, dh_kk, dh_kv, bound;
+    Array<float> dg, dbeta, from_start, overlaps, dlamb, end_kk, end_kv, dh_kk, dh_kv, bound;
     Array<int> steps;
     Array<uint16_t> rounded;  // dq in bf16
     bool with_states;
@@ -320,7 +320,8 @@ struct Pass {
           segment_decays(segments(in, variant) * H), lamb_pairs(size_t(HS) * tiles(in.K) * kChunk / 2),
           x(in.B, in.T, H, in.K), o(in.B, in.T, H, in.V), dx(in.B, in.T, H, in.K),
           dq(in.B, in.T, H, in.K), dk(in.B, in.T, H, in.K), dv(in.B, in.T, H, in.V),
-          dg(in.B * in.T * H), dbeta(dg.count), dlamb(slots(in) * H * in.K),
+          dg(in.B * in.T * H), dbeta(dg.count), from_start(dg.count),
+          overlaps(slots(in) * H * overlap_parts(shape(in))), dlamb(slots(in) * H * in.K),
           end_kk(size_t(in.sequences()) * HS * in.K * in.K), end_kv(size_t(in.sequences()) * HS * in.K * in.V),
           dh_kk(size_t(in.sequences()) * H * in.K * in.K), dh_kv(size_t(in.sequences()) * H * in.K * in.V),
           bound(dg.count), steps(dg.count), rounded(dq.data.count), with_states(!in.h_kk.empty()),
@@ -343,34 +344,41 @@ struct Pass {
     Rows values() const { return grouped(v.rows); }
     Gates gates() const { return {g.data, beta.data, HS, H / HS}; }
     SplitStates states() const { return {state_panels.data, state_scales.data, HS, H / HS}; }
-    SplitStates adjoints() const { return {adjoint_panels.data, adjoint_scales.data, H, 1}; }
+    SplitStates adjoints() const {
+        if (H == HS) return states();  // in their place
+        return {adjoint_panels.data, adjoint_scales.data, H, 1};
+    }
 
     void chunk_states() const {
         check(launch_chunk_states({problem, k.rows, {v.rows, k.rows}, {g.data, beta.data, HS, 1},
                                    with_states ? start_kv.data : nullptr, with_states ? start_kk.data : nullptr,
                                    end_kv.data, end_kk.data, {state_panels.data, state_scales.data, HS, 1}, HS, 1,
-                                   false, segment_sums.data, segment_decays.data, lamb.data, lamb_pairs.data},
+                                   false, segment_sums.data, segment_decays.data, lamb.data, lamb_pairs.data, {},
+                                   nullptr},
                                   nullptr), "chunk states");
     }
     static constexpr Rows kNoRows{nullptr, 0, 0, 0, DType::f32, 0, 1};
     void solve(const Rows& rhs, const Output& to, const Rows& rounded, const Rows& out) const {
         check(launch_solve({problem, rhs, keys(), gates(), lamb_pairs.data, states(), to.rows, rounded, values(), out,
-                            steps.data, bound.data, H, max_iterations, tolerance}, nullptr), "solve");
+                            x.rows, from_start.data, steps.data, bound.data, H, max_iterations, tolerance}, nullptr),
+              "solve");
     }
     void solve_forward() const { solve(q.rows, x, kNoRows, o.rows); }
     void make_dx() const {
-        check(launch_dx({problem, d_o.rows, keys(), values(), gates(), states(), dx.rows, H}, nullptr), "dx");
+        check(launch_dx({problem, d_o.rows, keys(), values(), gates(), states(), x.rows, dx.rows, from_start.data, H},
+                        nullptr), "dx");
     }
     void solve_backward() const { solve(dx.rows, dq, rounded_rows(), kNoRows); }
     void adjoint_states() const {
         check(launch_chunk_states({problem, x.rows, {d_o.rows, dq.rows}, gates(), with_states ? end_dkv.data : nullptr,
                                    with_states ? end_dkk.data : nullptr, dh_kv.data, dh_kk.data, adjoints(), H, H / HS,
-                                   true, segment_sums.data, segment_decays.data, nullptr, nullptr},
+                                   true, segment_sums.data, segment_decays.data, nullptr, nullptr, states(),
+                                   overlaps.data},
                                   nullptr), "adjoint states");
     }
     void gradients() const {
-        check(launch_grad({problem, x.rows, dq.rows, d_o.rows, keys(), values(), gates(), states(),
-                           adjoints(), dk.rows, dv.rows, dg.data, dbeta.data, dlamb.data, H}, nullptr),
+        check(launch_grad({problem, x.rows, dq.rows, d_o.rows, keys(), values(), gates(), adjoints(),
+                           from_start.data, overlaps.data, dk.rows, dv.rows, dg.data, dbeta.data, dlamb.data, H}, nullptr),
               "grad");
     }
 

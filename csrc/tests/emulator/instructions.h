@@ -44,7 +44,6 @@ template <int N>
 void cp_async_wait() { emulator::wait_for_cp_async(N); }
 
 inline float4 load_in_place(const float4* p) { return *p; }
-inline uint4 load_once(const uint4* p) { return *p; }
 template <int N>
 void store_streaming(float* to, const float (&v)[N]) { std::copy(v, v + N, to); }
 inline float* opaque_global(float* p) { return p; }
