@@ -192,6 +192,38 @@ def test_ddp(device, tmp_path):
     assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), expected))
 
 
+def train_on_one_rank(rank, device, rendezvous):
+    """One of two processes, each with half the batch: gradients of the whole batch, and the same on both."""
+    device = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        model = Block(32, 2).to(device)
+        x = torch.randn(4, 70, 32).to(device)
+        model(x).square().mean().backward()
+        expected = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+        for p, gradient in zip(model.parameters(), expected):
+            assert relative_error(p.grad, gradient) <= 1e-5
+        flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+        both = [torch.empty_like(flat) for _ in range(2)]
+        dist.all_gather(both, flat)
+        assert torch.equal(*both)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ddp_of_two(device, tmp_path):
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torch.multiprocessing.spawn(train_on_one_rank, (device, tmp_path / "rendezvous"), nprocs=2)
+
+
 @pytest.mark.gpu
 def test_cuda_graph_of_training_step():
     inputs = draw("random", "cuda", torch.bfloat16, lengths=[70, 0, 1000], K=64, V=32, context=10)
