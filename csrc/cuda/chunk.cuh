@@ -79,14 +79,15 @@ struct ChunkGates {
 // Below this exp(g) is zero in float32; -inf would make differences of sums undefined.
 constexpr float kSmallestLogDecay = -128.f;
 
-// Gates of two neighbouring tokens, in the registers of each lane of warp 0; tokens past the end neither decay nor
-// enter.
+// Gates come in two moves: fetch_gates asks for them, store_gates makes the sums of what has come. Both are for the
+// first warp, whose lanes take two neighbouring tokens each; tokens past the end neither decay nor enter.
 struct GatePair {
     float g[2], beta[2];
 };
 
 __device__ __forceinline__ GatePair fetch_gates(const Gates& gates, const Problem& p, const Chunk& c, int head) {
     GatePair pair = {};
+    if (threadIdx.x >= 32) return pair;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int t = threadIdx.x * 2 + i;
@@ -100,6 +101,7 @@ __device__ __forceinline__ GatePair fetch_gates(const Gates& gates, const Proble
 }
 
 __device__ __forceinline__ void store_gates(ChunkGates& out, const GatePair& pair) {
+    if (threadIdx.x >= 32) return;
     const int lane = threadIdx.x;
     double sum[2];
 #pragma unroll
@@ -121,11 +123,6 @@ __device__ __forceinline__ void store_gates(ChunkGates& out, const GatePair& pai
         out.hi[lane * 2 + i] = hi;
         out.lo[lane * 2 + i] = static_cast<float>(last[i] - hi);
     }
-}
-
-__device__ __forceinline__ void load_gates(ChunkGates& out, const Gates& gates, const Problem& p, const Chunk& c,
-                                           int head) {
-    if (threadIdx.x < 32) store_gates(out, fetch_gates(gates, p, c, head));
 }
 
 // ---- rows -------------------------------------------------------------------------------------------------------
@@ -277,7 +274,7 @@ __device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const 
     const int first = threadIdx.x / 8, part = threadIdx.x % 8;
     const char* row = static_cast<const char*>(m.data) + (row_offset(m, c, first, head) + col0) * kSize;
     const int64_t step = m.token_stride * (kRowsAtOnce * kSize);
-#pragma unroll
+#pragma unroll 1  // as in convert_rows
     for (int t = first; t < kChunk; t += kRowsAtOnce, row += step)
 #pragma unroll
         for (int piece = 0; piece < Panels * (kChunk / kElements / 8); ++piece) {
@@ -331,22 +328,24 @@ __device__ __forceinline__ int staged_offset(int row, int col) {
 }
 
 // In two moves, too. 16-bit rows come to the first half of each eight elements' place.
+template <int Panels, bool Float32>
+__device__ __forceinline__ void fetch_staged_rows(float* to, const Rows& m, const Chunk& c, int head) {
+    constexpr int kSize = Float32 ? 4 : 2, kElements = 16 / kSize, kPieces = Panels * kChunk / kElements;
+    constexpr int kRowsAtOnce = kThreads / kPieces;
+    const int first = threadIdx.x / kPieces, col = threadIdx.x % kPieces * kElements;
+    const char* row = static_cast<const char*>(m.data) + (row_offset(m, c, first, head) + col) * kSize;
+    const int64_t step = m.token_stride * (kRowsAtOnce * kSize);
+#pragma unroll 4
+    for (int t = first; t < kChunk; t += kRowsAtOnce, row += step) {
+        const bool inside = t < c.length && col < m.width;
+        ptx::cp_async16_or_zero(to + staged_offset<Panels>(t, col), inside ? row : m.data, inside);
+    }
+}
+
 template <int Panels>
 __device__ __forceinline__ void fetch_staged_rows(float* to, const Rows& m, const Chunk& c, int head) {
-    const auto fetch = [&](int i, int pieces, int elements, int size) {
-        const int t = i / pieces, col = i % pieces * elements;
-        const bool inside = t < c.length && col < m.width;
-        const char* from = static_cast<const char*>(m.data);
-        if (inside) from += (row_offset(m, c, t, head) + col) * size;
-        ptx::cp_async16_or_zero(to + staged_offset<Panels>(t, col), from, inside);
-    };
-    if (m.dtype == DType::f32) {
-#pragma unroll 4
-        for (int i = threadIdx.x; i < kChunk * Panels * 16; i += kThreads) fetch(i, Panels * 16, 4, 4);
-    } else {
-#pragma unroll 4
-        for (int i = threadIdx.x; i < kChunk * Panels * 8; i += kThreads) fetch(i, Panels * 8, 8, 2);
-    }
+    if (m.dtype == DType::f32) fetch_staged_rows<Panels, true>(to, m, c, head);
+    else fetch_staged_rows<Panels, false>(to, m, c, head);
 }
 
 template <int Panels>

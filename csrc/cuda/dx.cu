@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kThreads, VTiles == 1 && Terms == 1 ? 3 : 2)
             copy_panels_async<2>(to + i * 2 * kPanel, a.states.panels + ((place + i) * k_tiles + tile) * 2 * kPanel);
         ptx::cp_async_commit();
     };
+    const GatePair gates = fetch_gates(a.gates, a.problem, chunk, head);
     fetch_rows<VTiles, Terms>(sm.d_o, a.d_o, chunk, head, 0);
     fetch_rows<VTiles, Terms>(sm.values, a.values, chunk, head, 0);
     if (k_tiles == 1) fetch_rows<1, Terms>(sm.keys, a.keys, chunk, head, 0);
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, VTiles == 1 && Terms == 1 ? 3 : 2)
     ptx::cp_async_commit();
     fetch_state(sm.state, 0);
     prefetch_rows(a.x, chunk, head);
-    load_gates(sm.gates, a.gates, a.problem, chunk, head);
+    store_gates(sm.gates, gates);
     ptx::cp_async_wait<1>();
     convert_rows<VTiles, Terms>(sm.d_o, sm.do_scale, a.d_o.dtype, 4);
     convert_rows<VTiles, Terms>(sm.values, sm.value_scale, a.values.dtype, 0);

@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 
     // Everything is asked for at once, in the order in which it is needed. Later do or w are asked for as soon as
     // the last tile's have been used, v and dS at the end of the tile; all comes from the L2 cache then.
+    const GatePair gates = fetch_gates(a.gates, a.problem, chunk, head);
     const HeadRows x(a.x, head), k(a.k, head);
     fetch_rows<KTiles, 2>(sm.x, x.rows, chunk, x.head, 0);
     fetch_rows<KTiles, Terms>(sm.k, k.rows, chunk, k.head, 0);
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     prefetch_rows(a.w, chunk, head);
     if (v_tiles > 1) prefetch_rows(a.v, chunk, head);
     ptx::prefetch_l2(a.adjoints.scales + ds_place);
-    load_gates(sm.gates, a.gates, a.problem, chunk, head);
+    store_gates(sm.gates, gates);
     if (threadIdx.x < kChunk) {
         const int64_t at = (chunk.batch * a.problem.T + chunk.token + threadIdx.x) * a.heads + head;
         sm.from_start[threadIdx.x] = threadIdx.x < chunk.length ? a.from_start[at] : 0.f;

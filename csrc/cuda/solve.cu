@@ -19,6 +19,10 @@ namespace {
 // |p| is kept near 2^9: products with keys (|k| <= 2^4.5) stay below fp16's 2^16, small elements far above its 2^-24.
 constexpr int kDirectionExponent = 9;
 
+// Where a chunk's decays are no stronger than 2^-kMildDecay and its weights below kMildWeight, a decay from one token to
+// another is the quotient of two from the first, which saves the exponentials.
+constexpr float kMildDecay = 32.f, kMildWeight = 0x1p60f;
+
 constexpr int kMaxVTiles = kMaxWidth / kChunk;
 
 template <int KTiles, int KeyTerms>
@@ -30,7 +34,7 @@ struct Shared {
         __half values[kMaxVTiles * KeyTerms * kPanel];
     };
     ChunkGates gates;  // once the weights are made, beta is that of token j's scores over 2^lo, and lo is start_weight
-    float tile_weight[kChunk];  // the same beta, decayed to the last of the sixteen tokens that j belongs to
+    float mild_weight[kChunk];  // the same beta over the decay from the chunk's first token to j; see mild_rows
     // 112 KB + 1 KB at K = 128 in 16 bits: two blocks on a multiprocessor of 228 KB.
 };
 
@@ -99,14 +103,17 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     const float* const h_scale = a.states.scales + place;
     const float largest_h_scale = fmaxf(h_scale[0], h_scale[KTiles - 1]);
     float* const right_hand_side = reinterpret_cast<float*>(sm.x);
+    const GatePair gates = fetch_gates(a.gates, a.problem, chunk, head);
     fetch_staged_rows<KTiles>(right_hand_side, a.rhs, chunk, head);
     fetch_rows<KTiles, KeyTerms>(sm.keys, a.keys, chunk, head, 0);
     ptx::cp_async_commit();
     copy_panels_async<KTiles * KTiles * 2>(sm.h, a.states.panels + place * KTiles * 2 * kPanel);
     ptx::cp_async_commit();
-    load_gates(sm.gates, a.gates, a.problem, chunk, head);
+    const LambPair* const lamb = a.lamb + (head / a.states.group) * (KTiles * kChunk / 2);
+    const uint32_t lamb_exponent = smallest_lamb_exponent(lamb, KTiles * kChunk / 2, lane);
+    store_gates(sm.gates, gates);
     ptx::cp_async_wait<1>();
-    convert_rows<KTiles, KeyTerms>(sm.keys, sm.tile_weight, a.keys.dtype, 0);
+    convert_rows<KTiles, KeyTerms>(sm.keys, sm.mild_weight, a.keys.dtype, 0);
     convert_staged_rows<KTiles>(right_hand_side, a.rhs.dtype);
     if constexpr (ReadOut) {  // what the read-out will want comes to the L2 cache during the steps
         for (int tile = 1; tile <= value_tiles; ++tile)
@@ -117,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     }
     __syncthreads();
     const int token = threadIdx.x;  // of the first 64 threads
-    if (token < kChunk) sm.gates.beta[token] *= sm.tile_weight[token] * sm.tile_weight[token];
+    if (token < kChunk) sm.gates.beta[token] *= sm.mild_weight[token] * sm.mild_weight[token];
     __syncthreads();
 
     // Per row: a power of two `mu` >= the row's largest weight, which keeps the scores in fp16.
@@ -134,13 +141,19 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     const float own_weight = pow2_inverse(mu) * ptx::exp2_approx(sm.gates.lo[own_row]);
     RowScales own_scales;  // a row's true values are its scale times what is stored
     own_scales.set_mu(mu);
-    own_scales.add_key(sm.tile_weight[own_row]);
+    own_scales.add_key(sm.mild_weight[own_row]);
     const float small_decay = ptx::exp2_approx(-sm.gates.lo[token % kChunk]);
+    // Rows before the first token that is not mild take the short way. No row depends on a later token in this.
+    const auto is_mild = [&](int j) {
+        return fabsf(sm.gates.hi[j] - sm.gates.hi[0]) < kMildDecay && sm.gates.beta[j] < kMildWeight;
+    };
+    const int mild_rows = __reduce_min_sync(
+        0xffffffffu, !is_mild(lane) ? lane : !is_mild(lane + 32) ? lane + 32 : kChunk);
     __syncthreads();
     if (token < kChunk) {
         const float weight = sm.gates.beta[token] * small_decay;
         sm.gates.beta[token] = weight;
-        sm.tile_weight[token] = weight * ptx::exp2_approx(sm.gates.hi[token | 15] - sm.gates.hi[token]);
+        sm.mild_weight[token] = weight * ptx::exp2_approx(sm.gates.hi[0] - sm.gates.hi[token]);
     }
     if (lane % 4 < 2) sm.gates.lo[own_row] = pow2_inverse(mu) * from_start;
     const float* const start_weight = sm.gates.lo;
@@ -148,8 +161,6 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
 #pragma unroll
     for (int ct = 0; ct < KTiles; ++ct) h_share[ct] = KTiles == 1 ? 1.f : h_scale[ct] * pow2_inverse(largest_h_scale);
 
-    const LambPair* const lamb = a.lamb + (head / a.states.group) * (KTiles * kChunk / 2);
-    const uint32_t lamb_exponent = smallest_lamb_exponent(lamb, KTiles * kChunk / 2, lane);
     // This lane's columns are at constant distances from here. Opaque: an index is kept from step to step, no address.
     const unsigned lamb_index = (head / a.states.group) * (KTiles * kChunk / 2) + lane % 4;
     const auto lamb_of_lane = [&] { return a.lamb + ptx::opaque(lamb_index); };
@@ -208,13 +219,14 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
             sm.x[(kt * 8 + n) * kThreads + threadIdx.x] = {0.f, 0.f, 0.f, 0.f};
         }
 
-    // scores o M times row_weight / 2^lo, of the tokens from `first` on: the decays' small terms are in the weights. A
-    // decay from an earlier warp's sixteen tokens is one to the last of them times one from there, both at most 1.
+    // scores o M times row_weight / 2^lo, of the tokens from `first` on: the decays' small terms are in the weights.
     const auto weigh_scores = [&](auto& scores, int first, const float(&row_weight)[2], int lane,
                                   int first_row) {
-        const int row = first_row + acc_row(lane, 0), col = acc_col(lane, 0);
-        const float g[2] = {sm.gates.hi[row], sm.gates.hi[row + 8]};
+        const int col = acc_col(lane, 0);
+        const float g[2] = {sm.gates.hi[first_row + acc_row(lane, 0)], sm.gates.hi[first_row + acc_row(lane, 1)]};
         const auto pair_at = [](const float* p) { return *reinterpret_cast<const float2*>(p); };
+        const float factor[2] = {ptx::exp2_approx(g[0] - sm.gates.hi[0]) * row_weight[0],
+                                 ptx::exp2_approx(g[1] - sm.gates.hi[0]) * row_weight[1]};
 #pragma unroll
         for (int n = 0; n < int(sizeof(scores) / sizeof(scores[0])); ++n) {
             float(&s)[4] = scores[n];
@@ -222,24 +234,25 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
             if (tokens > first_row) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) s[e] = 0.f;
-            } else if (tokens < first_row) {
-                const float last = sm.gates.hi[tokens + 15];
-                const float2 weight = pair_at(sm.tile_weight + j);
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const float factor = ptx::exp2_approx(g[half] - last) * row_weight[half];
-                    s[half * 2] *= factor * weight.x, s[half * 2 + 1] *= factor * weight.y;
-                }
-            } else {
+                continue;
+            }
+            const float2 mild = pair_at(sm.mild_weight + j);
+            float w[4] = {factor[0] * mild.x, factor[0] * mild.y, factor[1] * mild.x, factor[1] * mild.y};
+            if (first_row + 16 > mild_rows) {
                 const float2 gj = pair_at(sm.gates.hi + j), weight = pair_at(sm.gates.beta + j);
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int within = acc_row(lane, half) - (col + n % 2 * 8);  // i - j
-                    const float w[2] = {ptx::exp2_approx(g[half] - gj.x) * weight.x * row_weight[half],
-                                        ptx::exp2_approx(g[half] - gj.y) * weight.y * row_weight[half]};
-                    s[half * 2] = within >= 0 ? s[half * 2] * w[0] : 0.f;
-                    s[half * 2 + 1] = within >= 1 ? s[half * 2 + 1] * w[1] : 0.f;
-                }
+                for (int half = 0; half < 2; ++half)
+                    if (first_row + acc_row(lane, half) >= mild_rows) {
+                        w[half * 2] = ptx::exp2_approx(g[half] - gj.x) * weight.x * row_weight[half];
+                        w[half * 2 + 1] = ptx::exp2_approx(g[half] - gj.y) * weight.y * row_weight[half];
+                    }
+            }
+#pragma unroll
+            for (int e = 0; e < 4; ++e) s[e] *= w[e];
+            if (tokens == first_row) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e)  // no token sees a later one
+                    if (acc_row(lane, e / 2) < col + n % 2 * 8 + e % 2) s[e] = 0.f;
             }
         }
     };
@@ -256,12 +269,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         const auto scale_by_decay = [&] {
 #pragma unroll
             for (int ct = 0; ct < KTiles; ++ct)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const float factor = start_weight[first_row + acc_row(lane, half)] * h_share[ct];
-#pragma unroll
-                    for (int n = 0; n < 8; ++n) ap[ct].c[n][half * 2] *= factor, ap[ct].c[n][half * 2 + 1] *= factor;
-                }
+                scale_rows(ap[ct], start_weight[first_row + acc_row(lane, 0)] * h_share[ct],
+                           start_weight[first_row + acc_row(lane, 1)] * h_share[ct]);
         };
         if constexpr (isa == Isa::hopper) {
             static_assert(KeyTerms == 1, "two-term keys leave no room for a second block on the multiprocessor");
@@ -372,17 +381,20 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
                 const LambPair l = lamb_at(lane_lamb, kt, n);
+                // Read and written whole: by halves the banks would conflict.
                 float4& x = sm.x[(kt * 8 + n) * kThreads + threadIdx.x];
-                float* xs[2] = {&x.x, &x.z};
+                float4 v = x;
+                float2 d[2];
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const float2 d = direction_at(p[kt], n, half, zero_for_next);
-                    xs[half][0] = fmaf(alpha[half], d.x, xs[half][0]);
-                    xs[half][1] = fmaf(alpha[half], d.y, xs[half][1]);
+                for (int half = 0; half < 2; ++half) d[half] = direction_at(p[kt], n, half, zero_for_next);
+                v.x = fmaf(alpha[0], d[0].x, v.x), v.y = fmaf(alpha[0], d[0].y, v.y);
+                v.z = fmaf(alpha[1], d[1].x, v.z), v.w = fmaf(alpha[1], d[1].y, v.w);
+                x = v;
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
                     p[kt].term[0].r[n / 2][n % 2 * 2 + half] =
-                        pack(fmaf(r[kt].c[n][half * 2] * l.inverse[0], add[half], d.x * keep[half]),
-                             fmaf(r[kt].c[n][half * 2 + 1] * l.inverse[1], add[half], d.y * keep[half]));
-                }
+                        pack(fmaf(r[kt].c[n][half * 2] * l.inverse[0], add[half], d[half].x * keep[half]),
+                             fmaf(r[kt].c[n][half * 2 + 1] * l.inverse[1], add[half], d[half].y * keep[half]));
             }
     }
 
@@ -462,7 +474,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         if (end_lane % 4 < 2) {  // the values' scales are to take the place of the keys' in the weights
             const float inverse = pow2_inverse(own_scales.key());
             sm.gates.beta[end_own_row] *= inverse;
-            sm.tile_weight[end_own_row] *= inverse;
+            sm.mild_weight[end_own_row] *= inverse;
         }
 
         float x_scale[2];
@@ -478,7 +490,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
 
         __syncthreads();  // the weights are without the keys' scales
         ptx::cp_async_wait<1>();
-        const auto put_scale = [&](int t, float scale) { sm.gates.beta[t] *= scale, sm.tile_weight[t] *= scale; };
+        const auto put_scale = [&](int t, float scale) { sm.gates.beta[t] *= scale, sm.mild_weight[t] *= scale; };
         convert_rows<kMaxVTiles, KeyTerms>(sm.values, put_scale, a.values.dtype, 0);
         publish_shared<isa>();
         __syncthreads();
