@@ -113,7 +113,7 @@ struct StateArgs {
 inline int overlap_parts(const Problem& p) { return (tiles(p.V) + tiles(p.K)) * tiles(p.K) * 4; }
 cudaError_t launch_chunk_states(const StateArgs&, cudaStream_t);
 
-using HardRows = uint64_t;  // of the rows of a chunk, bit t for row t, those that are badly conditioned
+using HardRows = uint64_t;  // of the rows of a chunk, bit t for row t, those that have shown a bad condition
 
 // x_t = (H_t + diag(lamb))^-1 rhs_t by conjugate gradient, and where `out` is wanted the read-out out_t = G_t' x_t.
 struct SolveArgs {
@@ -140,11 +140,11 @@ cudaError_t launch_solve(const SolveArgs&, cudaStream_t);
 
 // Float32 inputs: the rows of badly conditioned systems, whose o = G'x cancels by up to the condition number, are done
 // again with G and H in float64 from the start of their sequence on:
-//     launch_solve with `out` finds these rows,
-//     launch_residuals makes rhs - (H + Lambda) x of them,
-//     launch_solve without `out` and `from_start` makes of that a correction of x, where there are such rows,
+//     launch_solve with `out` finds rows that show a bad condition,
+//     launch_residuals makes rhs - (H + Lambda) x of these and of the rows behind them in their chunks,
+//     launch_solve without `out` and `from_start` makes of that a correction of x,
 //     launch_refined adds it to x and reads out again.
-// Where a sequence has none, each of the last three does nothing.
+// Where no row has shown it, each of the last three does nothing.
 constexpr float kCorrectionTolerance = 1e-2f;  // of the second solve: the correction is small beside x
 
 struct RefineArgs {
@@ -156,7 +156,7 @@ struct RefineArgs {
     const float* start_kk;  // [N, heads of the state, K, K] or null
     const HardRows* hard_rows;  // [slots, heads]
     Rows x;
-    Rows correction;  // in: of x; out: of launch_residuals, in whose chunks with hard rows other rows are zero
+    Rows correction;  // in: of x; out: of launch_residuals, with zeros in the other rows of such chunks
     Rows out;
     int heads;
 };

@@ -1,10 +1,10 @@
 // refine: the badly conditioned rows of float32 inputs (see RefineArgs), in float64.
 //
 // One block owns a column tile (64 columns of G, or of H) of one sequence and head in registers and walks over the
-// sequence token by token, as the recurrence is written down: S <- e^g S + beta key value', and for a hard row x' S.
-// So nothing is rounded on the way, however long it is; the two fp16 terms of the solver's states, and float32 states
-// just as well after some dozens of chunks, would put o off by more than 5e-5 where it cancels by a factor of 1000. Who
-// has no hard rows pays for a look at the flags alone, and the walk ends with a sequence's last one.
+// sequence token by token, as the recurrence is written down: S <- e^g S + beta key value', and x' S where that is
+// wanted. So nothing is rounded on the way, however long it is: where o cancels by a factor of 1000, the two fp16 terms
+// of the solver's states would put it off by more than 5e-5, and float32 states would too after some dozens of chunks.
+// A sequence without hard rows costs a look at its flags; the others' walks end with their last chunk of them.
 //
 // Eight neighbouring lanes own all rows of four columns. Keys and x are made double once, on their way to shared
 // memory: conversions are slower than products.
@@ -21,12 +21,16 @@ static_assert(kThreads / kRowLanes * kColumns == kChunk);
 template <int KTiles>
 struct Shared {
     double2 keys[kTokens][KTiles * kChunk / 2];
-    double2 x[kTokens][KTiles * kChunk / 2];  // of hard rows
+    double2 x[kTokens][KTiles * kChunk / 2];  // of the rows to refine
     double2 values[kTokens][kChunk / 2];      // times beta
     double2 minuends[kTokens][kChunk / 2];    // rhs - Lambda x, for the residuals
     double decay[kTokens];
     int last_hard[kThreads / 32];
 };
+
+// A chunk's rows from the first on that has shown a bad condition: that of the next ones is hardly better, but their
+// steps need not show it, where the right-hand side has little in the direction that makes it bad.
+__device__ __forceinline__ HardRows rows_to_refine(HardRows shown) { return shown | (0 - shown); }
 
 // Two neighbouring elements of a row of float32, zero past the end.
 __device__ __forceinline__ double2 row_pair(const Rows& m, const Chunk& c, int token, int head, int col) {
@@ -92,14 +96,14 @@ __global__ void __launch_bounds__(kThreads, 2) walk_kernel(const __grid_constant
     for (int64_t first = 0; first < end; first += kTokens) {
         const Chunk chunk = chunk_of(sequence, first / kChunk);
         const int first_token = static_cast<int>(first % kChunk), tokens = min(kTokens, chunk.length - first_token);
-        const HardRows rows = flags[first / kChunk * a.heads];
-        const auto is_hard = [&](int t) { return (rows >> (first_token + t) & 1) != 0; };
+        const HardRows rows = rows_to_refine(flags[first / kChunk * a.heads]);
+        const auto refines = [&](int t) { return (rows >> (first_token + t) & 1) != 0; };
 
         __syncthreads();  // what was staged before has been read
         for (int i = threadIdx.x; i < tokens * kRowPairs; i += kThreads) {
             const int t = i / kRowPairs, pair = i % kRowPairs;
             sm.keys[t][pair] = row_pair(a.keys, chunk, first_token + t, head, pair * 2);
-            if (!is_hard(t)) continue;
+            if (!refines(t)) continue;
             double2 x = row_pair(a.x, chunk, first_token + t, head, pair * 2);
             if constexpr (!kResidual) {
                 const double2 more = row_pair(a.correction, chunk, first_token + t, head, pair * 2);
@@ -112,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 2) walk_kernel(const __grid_constant
             const double beta = a.gates.beta[gate_at(first + t)];
             const double2 value = row_pair(values, chunk, first_token + t, head, col);
             sm.values[t][pair] = {beta * value.x, beta * value.y};
-            if (!kResidual || !is_hard(t)) continue;
+            if (!kResidual || !refines(t)) continue;
             const double2 b = row_pair(a.rhs, chunk, first_token + t, head, col);
             const double2 x = row_pair(a.x, chunk, first_token + t, head, col);
             const LambPair lamb = a.lamb[(state_head * KTiles * kChunk + col) / 2];
@@ -134,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2) walk_kernel(const __grid_constant
                 }
             }
             double sum[kColumns] = {};
-            if (is_hard(t)) {
+            if (refines(t)) {
 #pragma unroll
                 for (int i = 0; i < kPairs; ++i) {
                     const double2 x = sm.x[t][i * kRowLanes + row_lane];
@@ -149,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2) walk_kernel(const __grid_constant
                     if constexpr (kResidual) sum[c] = (&sm.minuends[t][0].x)[own_col + c] - sum[c];
                 }
             }
-            const bool wanted = kResidual ? rows != 0 : is_hard(t);
+            const bool wanted = kResidual ? rows != 0 : refines(t);
             if (wanted && row_lane == 0 && tile_col + own_col < padded_width(to)) {
                 float* const row = static_cast<float*>(to.data) + row_offset(to, chunk, first_token + t, head);
                 *reinterpret_cast<float4*>(row + tile_col + own_col) = {float(sum[0]), float(sum[1]), float(sum[2]),
@@ -164,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) add_correction_kernel(const __grid_c
     const int head = blockIdx.x % a.heads, lane = threadIdx.x % 32;
     const Chunk chunk = find_chunk(a.problem, blockIdx.x / a.heads);
     if (chunk.length == 0) return;
-    const HardRows rows = a.hard_rows[blockIdx.x];
+    const HardRows rows = rows_to_refine(a.hard_rows[blockIdx.x]);
     if (rows == 0) return;
     for (int t = threadIdx.x / 32; t < chunk.length; t += kThreads / 32) {
         if (!(rows >> t & 1)) continue;
