@@ -170,13 +170,12 @@ __global__ void __launch_bounds__(kThreads) add_correction_kernel(const __grid_c
     if (chunk.length == 0) return;
     const HardRows rows = rows_to_refine(a.hard_rows[blockIdx.x]);
     if (rows == 0) return;
-    for (int t = threadIdx.x / 32; t < chunk.length; t += kThreads / 32) {
-        if (!(rows >> t & 1)) continue;
-        float* const x = static_cast<float*>(a.x.data) + row_offset(a.x, chunk, t, head);
-        const float* const correction =
-            static_cast<const float*>(a.correction.data) + row_offset(a.correction, chunk, t, head);
-        for (int col = lane; col < a.problem.K; col += 32) x[col] += correction[col];
-    }
+    float* const x = static_cast<float*>(a.x.data) + row_offset(a.x, chunk, 0, head);
+    const float* const correction = static_cast<const float*>(a.correction.data) +
+                                    row_offset(a.correction, chunk, 0, head);
+    for (int t = threadIdx.x / 32; t < chunk.length; t += kThreads / 32)
+        for (int col = lane; col < a.problem.K && (rows >> t & 1); col += 32)
+            x[t * a.x.token_stride + col] += correction[t * a.correction.token_stride + col];
 }
 
 template <Product product>
