@@ -190,14 +190,38 @@ void forward_states(const Call& c, const States& states, float* end_kk, float* e
 
 void solve(const Call& c, const States& states, const Tensor& rhs, const Tensor& x, const Rows& rounded,
            const Rows& out, const Rows& forward_x, float* from_start, int* steps, float* bound, int64_t max_iterations,
-           double tolerance) {
+           double tolerance, HardRows* hard_rows) {
     const int64_t heads = c.size.HO;
     C10_CUDA_CHECK(launch_solve({c.problem, rows_of(rhs, heads, c.size.K), c.k_rows(heads), c.gates(heads),
                                  static_cast<const LambPair*>(c.lamb_pairs.const_data_ptr()), states.view(heads),
                                  rows_of(x, heads, c.size.K), rounded, c.v_rows(heads), out, forward_x, from_start,
                                  steps, bound, static_cast<int>(heads), static_cast<int>(max_iterations),
-                                 static_cast<float>(tolerance)},
+                                 static_cast<float>(tolerance), hard_rows},
                                 c.stream));
+}
+
+// x and o once more, where the solver has found rows that float32 is not enough for.
+void refine(const Call& c, const States& states, const Tensor& q, const Tensor& x, const Tensor& o,
+            HardRows* hard_rows, int64_t max_iterations) {
+    const int64_t heads = c.size.HO;
+    const Tensor correction = at::empty_like(x);
+    const RefineArgs args{c.problem,
+                          rows_of(q, heads, c.size.K),
+                          c.k_rows(heads),
+                          c.v_rows(heads),
+                          c.gates(heads),
+                          static_cast<const LambPair*>(c.lamb_pairs.const_data_ptr()),
+                          floats(c.h_kv),
+                          floats(c.h_kk),
+                          hard_rows,
+                          rows_of(x, heads, c.size.K),
+                          rows_of(correction, heads, c.size.K),
+                          rows_of(o, heads, c.size.V),
+                          static_cast<int>(heads)};
+    C10_CUDA_CHECK(launch_residuals(args, c.stream));
+    solve(c, states, correction, correction, kNoRows, kNoRows, kNoRows, nullptr, nullptr, nullptr, max_iterations,
+          kCorrectionTolerance, hard_rows);
+    C10_CUDA_CHECK(launch_refined(args, c.stream));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
@@ -216,8 +240,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
 
     const States states(c, p.HS);
     forward_states(c, states, end_kk.data_ptr<float>(), end_kv.data_ptr<float>());
+    Tensor hard_rows;
+    if (p.dtype == at::kFloat) hard_rows = at::empty({c.problem.slots(), p.HO}, f32.dtype(at::kLong));
+    HardRows* const hard = hard_rows.defined() ? static_cast<HardRows*>(hard_rows.data_ptr()) : nullptr;
     solve(c, states, q, x, kNoRows, rows_of(o, p.HO, p.V), kNoRows, nullptr, steps.data_ptr<int>(),
-          bound.data_ptr<float>(), max_cg_iterations, cg_tol);
+          bound.data_ptr<float>(), max_cg_iterations, cg_tol, hard);
+    if (hard) refine(c, states, q, x, o, hard, max_cg_iterations);
     return {without_padding(o, p.V), without_padding(x, p.K), end_kk, end_kv, steps, bound};
 }
 
@@ -255,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     const bool own_dq = p.HO == p.HQ && q.scalar_type() != at::kFloat;
     const Tensor dq = own_dq ? empty_padded({p.B, p.T, p.HO, p.K}, q.options()) : w;
     solve(c, states, w, w, own_dq ? rows_of(dq, heads, p.K) : kNoRows, kNoRows, x_rows, from_start.data_ptr<float>(),
-          nullptr, nullptr, max_cg_iterations, cg_tol);
+          nullptr, nullptr, max_cg_iterations, cg_tol, nullptr);
 
     // The adjoints take the place of the states, which nobody needs any more, unless output heads share these.
     const States adjoints = p.HO == p.HS ? states : States(c, p.HO);

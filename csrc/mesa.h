@@ -113,6 +113,8 @@ struct StateArgs {
 inline int overlap_parts(const Problem& p) { return (tiles(p.V) + tiles(p.K)) * tiles(p.K) * 4; }
 cudaError_t launch_chunk_states(const StateArgs&, cudaStream_t);
 
+using HardRows = uint64_t;  // of the rows of a chunk, bit t for row t, those that have shown a bad condition
+
 // x_t = (H_t + diag(lamb))^-1 rhs_t by conjugate gradient, and where `out` is wanted the read-out out_t = G_t' x_t.
 struct SolveArgs {
     Problem problem;
@@ -126,14 +128,40 @@ struct SolveArgs {
     Rows values;
     Rows out;  // or data null: then this is the backward pass, which has
     Rows forward_x;
-    float* from_start;  // [B, T, heads], from which e^{gc} forward_x' H x is subtracted
+    float* from_start;  // [B, T, heads], from which e^{gc} forward_x' H x is subtracted; or null: a correction (below)
     int* steps;    // [B, T, heads] or null
     float* bound;  // [B, T, heads] or null
     int heads;
     int max_iterations;
     float tolerance;
+    HardRows* hard_rows;  // [slots, heads] with float32 keys in the forward pass (see below), else null
 };
 cudaError_t launch_solve(const SolveArgs&, cudaStream_t);
+
+// Float32 inputs: the rows of badly conditioned systems, whose o = G'x cancels by up to the condition number, are done
+// again with G and H in float64 from the start of their sequence on:
+//     launch_solve with `out` finds rows that show a bad condition,
+//     launch_residuals makes rhs - (H + Lambda) x of these and of the rows behind them in their chunks,
+//     launch_solve without `out` and `from_start` makes of that a correction of x,
+//     launch_refined adds it to x and reads out again.
+// Where no row has shown it, each of the last three does nothing.
+constexpr float kCorrectionTolerance = 1e-2f;  // of the second solve: the correction is small beside x
+
+struct RefineArgs {
+    Problem problem;
+    Rows rhs, keys, values;  // float32, like all rows here
+    Gates gates;
+    const LambPair* lamb;   // as the solver's
+    const float* start_kv;  // [N, heads of the state, K, V] or null
+    const float* start_kk;  // [N, heads of the state, K, K] or null
+    const HardRows* hard_rows;  // [slots, heads]
+    Rows x;
+    Rows correction;  // in: of x; out: of launch_residuals, with zeros in the other rows of such chunks
+    Rows out;
+    int heads;
+};
+cudaError_t launch_residuals(const RefineArgs&, cudaStream_t);
+cudaError_t launch_refined(const RefineArgs&, cudaStream_t);
 
 // dx_t = G_t do_t, the right-hand side of the backward solve.
 struct DxArgs {

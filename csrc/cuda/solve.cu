@@ -77,6 +77,18 @@ __device__ __forceinline__ RowScales scales_of_row(RowScales own, int half, int 
     return {__shfl_sync(0xffffffffu, own.bits, (lane & ~1) | half)};
 }
 
+// The inverses of a row's step lengths lie among the eigenvalues of (H + Lambda) / Lambda: they show a bad condition.
+struct StepRange {
+    static constexpr float kHard = 256.f;  // condition number from which on float32 is not enough for o = G'x
+    float shortest = INFINITY, longest = 0.f;
+
+    __device__ __forceinline__ void add(float step) {  // 0: none
+        longest = fmaxf(longest, step);
+        if (step > 0.f) shortest = fminf(shortest, step);
+    }
+    __device__ __forceinline__ bool hard() const { return longest > kHard * shortest; }
+};
+
 // Whether any row of those that go on together is active.
 template <Isa isa>
 __device__ __forceinline__ bool any_active(bool active) {
@@ -95,6 +107,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     const int head = blockIdx.x % a.heads;
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
+    constexpr bool kFindsHard = ReadOut && KeyTerms == 2, kMayCorrect = !ReadOut && KeyTerms == 2;
+    if (kMayCorrect && a.hard_rows && a.hard_rows[blockIdx.x] == 0) return;
 
     // Loads: everything is asked for at once, the tokens first; H comes while they are worked on. The right-hand side
     // waits in x's place, the keys' row scales (they go into beta, the weight of score (i, j)) in that of the weights.
@@ -200,6 +214,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
     }
     own_scales.add_rhs(lane & 1 ? rhs_scale[1] : rhs_scale[0]);
     CgRow<float> row(own_sum(rz, lane));
+    [[maybe_unused]] StepRange step_range;
     float direction = direction_scale(row.pp, lamb_exponent);  // stored p = direction * p
     ptx::cp_async_wait<0>();
     publish_shared<isa>();
@@ -350,6 +365,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         const float own_alpha =
             row.alpha(own_sum(pAp, lane) * inverse_direction * inverse_direction) * inverse_direction;
         const float alpha[2] = {of_row(own_alpha, 0, lane), of_row(own_alpha, 1, lane)};
+        if constexpr (kFindsHard) step_range.add(row.step);
 
         // r -= alpha Ap, r.z.
         lane_lamb = lamb_of_lane();
@@ -424,6 +440,14 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
         if (a.steps && t < to_write.length) a.steps[out] = row.steps();
         if (a.bound && t < to_write.length) a.bound[out] = sqrtf(row.bound_squared());
     }
+    if constexpr (kFindsHard) {
+        // Of those that have met the tolerance: the others would be no better for it. Lane l takes the warp's row l.
+        const bool own_hard = step_range.hard() && row.bound_squared() <= a.tolerance * a.tolerance;
+        const bool hard = __shfl_sync(0xffffffffu, own_hard, end_lane % 8 * 4 + end_lane / 8 % 2);
+        const uint32_t rows = __ballot_sync(0xffffffffu, hard);
+        if (end_lane == 0) reinterpret_cast<uint16_t*>(a.hard_rows + block)[thread / 32] = static_cast<uint16_t>(rows);
+    }
+    if (kMayCorrect && !a.from_start) return;
 
     if constexpr (!ReadOut) {
         // e^{gc} x' H w, the state's part alone.

@@ -11,8 +11,8 @@
 // naming the thread: deadlocks, threads that meet at different instructions, addresses outside of global arrays or
 // shared memory, misuse of the emulated instructions.
 //
-// Not emulated: time, the caches and the weak memory model (a missing fence.proxy.async does not show), the tensor
-// cores' own rounding (products are exact, sums float32), the errors of the approximate functions.
+// Not emulated: time, the caches and the weak memory model (a missing fence.proxy.async does not show), the errors of
+// the approximate functions.
 #pragma once
 
 #include <algorithm>
