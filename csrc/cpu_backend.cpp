@@ -358,15 +358,24 @@ auto with_compute_type(const ProblemSize& p, const F& f) {
     return p.compute == at::kDouble ? f(double()) : f(float());
 }
 
+// What stands for a result that nobody wants.
+Tensor nothing_like(const Tensor& t) { return at::empty({0}, t.options()); }
+
 ForwardResult chunk_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
                             const Tensor& lamb, const optional<Tensor>& h_kk, const optional<Tensor>& h_kv,
-                            const optional<Tensor>& cu_seqlens, int64_t max_cg_iterations, double cg_tol) {
+                            const optional<Tensor>& cu_seqlens, int64_t max_cg_iterations, double cg_tol,
+                            bool solution, bool final_state, bool solver_info) {
     const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
-    return with_compute_type(p, [&](auto zero) {
+    ForwardResult result = with_compute_type(p, [&](auto zero) {
         using T = decltype(zero);
         const Inputs<T> in(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
         return forward<T>(p, in, q, {static_cast<int>(max_cg_iterations), cg_tol});
     });
+    auto& [o, x, h_kk_final, h_kv_final, steps, bound] = result;
+    if (!solution) x = nothing_like(x);
+    if (!final_state) h_kk_final = nothing_like(h_kk_final), h_kv_final = nothing_like(h_kv_final);
+    if (!solver_info) steps = nothing_like(steps), bound = nothing_like(bound);
+    return result;
 }
 
 BackwardResult chunk_backward(const Tensor& grad_o, const optional<Tensor>& dh_kk_final,

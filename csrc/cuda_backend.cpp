@@ -67,6 +67,11 @@ constexpr Rows kNoRows{nullptr, 0, 0, 0, DType::f32, 0, 1};
 
 const float* floats(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
+template <typename T>
+T* data_or_null(const Tensor& t) {
+    return t.numel() ? t.data_ptr<T>() : nullptr;
+}
+
 OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
 
 void check_device_fits(const ProblemSize& p) {
@@ -188,13 +193,13 @@ void forward_states(const Call& c, const States& states, float* end_kk, float* e
                                        c.stream));
 }
 
-void solve(const Call& c, const States& states, const Tensor& rhs, const Tensor& x, const Rows& rounded,
+void solve(const Call& c, const States& states, const Tensor& rhs, const Rows& x, const Rows& rounded,
            const Rows& out, const Rows& forward_x, float* from_start, int* steps, float* bound, int64_t max_iterations,
            double tolerance, HardRows* hard_rows) {
     const int64_t heads = c.size.HO;
     C10_CUDA_CHECK(launch_solve({c.problem, rows_of(rhs, heads, c.size.K), c.k_rows(heads), c.gates(heads),
                                  static_cast<const LambPair*>(c.lamb_pairs.const_data_ptr()), states.view(heads),
-                                 rows_of(x, heads, c.size.K), rounded, c.v_rows(heads), out, forward_x, from_start,
+                                 x, rounded, c.v_rows(heads), out, forward_x, from_start,
                                  steps, bound, static_cast<int>(heads), static_cast<int>(max_iterations),
                                  static_cast<float>(tolerance), hard_rows},
                                 c.stream));
@@ -219,34 +224,43 @@ void refine(const Call& c, const States& states, const Tensor& q, const Tensor& 
                           rows_of(o, heads, c.size.V),
                           static_cast<int>(heads)};
     C10_CUDA_CHECK(launch_residuals(args, c.stream));
-    solve(c, states, correction, correction, kNoRows, kNoRows, kNoRows, nullptr, nullptr, nullptr, max_iterations,
-          kCorrectionTolerance, hard_rows);
+    solve(c, states, correction, rows_of(correction, heads, c.size.K), kNoRows, kNoRows, kNoRows, nullptr, nullptr,
+          nullptr, max_iterations, kCorrectionTolerance, hard_rows);
     C10_CUDA_CHECK(launch_refined(args, c.stream));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
     const Tensor& q_, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
     const OptionalTensor& h_kk, const OptionalTensor& h_kv, const OptionalTensor& cu_seqlens, int64_t max_cg_iterations,
-    double cg_tol) {
+    double cg_tol, bool solution, bool final_state, bool solver_info) {
     const ProblemSize p =
         check_chunk_inputs(q_, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
     const c10::cuda::CUDAGuard guard(q_.device());
     const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
     const Tensor q = with_padded_rows(q_);
     const auto f32 = c.float_options();
-    Tensor o = empty_padded({p.B, p.T, p.HO, p.V}, q.options()), x = empty_padded({p.B, p.T, p.HO, p.K}, f32);
-    Tensor end_kk = at::empty({p.N, p.HS, p.K, p.K}, f32), end_kv = at::empty({p.N, p.HS, p.K, p.V}, f32);
-    Tensor steps = at::empty({p.B, p.T, p.HO}, f32.dtype(at::kInt)), bound = at::empty({p.B, p.T, p.HO}, f32);
+    // Allocations are much of what a small call costs: results that are not wanted have no elements.
+    const auto if_wanted = [](bool wanted, at::IntArrayRef shape, const at::TensorOptions& options) {
+        return wanted ? at::empty(shape, options) : at::empty({0}, options);
+    };
+    const bool refines = p.dtype == at::kFloat;
+    const Tensor o = empty_padded({p.B, p.T, p.HO, p.V}, q.options());
+    const Tensor x = solution || refines ? empty_padded({p.B, p.T, p.HO, p.K}, f32) : at::empty({0}, f32);
+    const Tensor end_kk = if_wanted(final_state, {p.N, p.HS, p.K, p.K}, f32);
+    const Tensor end_kv = if_wanted(final_state, {p.N, p.HS, p.K, p.V}, f32);
+    const Tensor steps = if_wanted(solver_info, {p.B, p.T, p.HO}, f32.dtype(at::kInt));
+    const Tensor bound = if_wanted(solver_info, {p.B, p.T, p.HO}, f32);
 
     const States states(c, p.HS);
-    forward_states(c, states, end_kk.data_ptr<float>(), end_kv.data_ptr<float>());
+    forward_states(c, states, data_or_null<float>(end_kk), data_or_null<float>(end_kv));
     Tensor hard_rows;
-    if (p.dtype == at::kFloat) hard_rows = at::empty({c.problem.slots(), p.HO}, f32.dtype(at::kLong));
-    HardRows* const hard = hard_rows.defined() ? static_cast<HardRows*>(hard_rows.data_ptr()) : nullptr;
-    solve(c, states, q, x, kNoRows, rows_of(o, p.HO, p.V), kNoRows, nullptr, steps.data_ptr<int>(),
-          bound.data_ptr<float>(), max_cg_iterations, cg_tol, hard);
-    if (hard) refine(c, states, q, x, o, hard, max_cg_iterations);
-    return {without_padding(o, p.V), without_padding(x, p.K), end_kk, end_kv, steps, bound};
+    if (refines) hard_rows = at::empty({c.problem.slots(), p.HO}, f32.dtype(at::kLong));
+    HardRows* const hard = refines ? static_cast<HardRows*>(hard_rows.data_ptr()) : nullptr;
+    solve(c, states, q, x.numel() ? rows_of(x, p.HO, p.K) : kNoRows, kNoRows, rows_of(o, p.HO, p.V), kNoRows, nullptr,
+          data_or_null<int>(steps), data_or_null<float>(bound), max_cg_iterations, cg_tol, hard);
+    if (refines) refine(c, states, q, x, o, hard, max_cg_iterations);
+    return {without_padding(o, p.V), solution ? without_padding(x, p.K) : at::empty({0}, f32), end_kk, end_kv, steps,
+            bound};
 }
 
 // Sums neighbouring heads of t [.., heads, ..] (dimension `dim`) down to `heads`, in the dtype asked for.
@@ -282,8 +296,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     // With a head of q for every output head, dq is w in q's dtype.
     const bool own_dq = p.HO == p.HQ && q.scalar_type() != at::kFloat;
     const Tensor dq = own_dq ? empty_padded({p.B, p.T, p.HO, p.K}, q.options()) : w;
-    solve(c, states, w, w, own_dq ? rows_of(dq, heads, p.K) : kNoRows, kNoRows, x_rows, from_start.data_ptr<float>(),
-          nullptr, nullptr, max_cg_iterations, cg_tol, nullptr);
+    solve(c, states, w, w_rows, own_dq ? rows_of(dq, heads, p.K) : kNoRows, kNoRows, x_rows,
+          from_start.data_ptr<float>(), nullptr, nullptr, max_cg_iterations, cg_tol, nullptr);
 
     // The adjoints take the place of the states, which nobody needs any more, unless output heads share these.
     const States adjoints = p.HO == p.HS ? states : States(c, p.HO);

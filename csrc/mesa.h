@@ -123,7 +123,7 @@ struct SolveArgs {
     Gates gates;
     const LambPair* lamb;  // [heads of the state, K / 2 padded to a multiple of 32 (with ones)]
     SplitStates states;
-    Rows x;        // float32; may be rhs itself
+    Rows x;        // float32; may be rhs itself, or data null where it is not wanted
     Rows rounded;  // x in 16 bits too, or data null
     Rows values;
     Rows out;  // or data null: then this is the backward pass, which has

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mesa_ext.ops import compute_dtype
+from mesa_ext.ops import chunk_forward, compute_dtype
 from mesa_ext.state import MesaState
 
 # The rounding of the inputs themselves is near 1e-3 in 16 bits and 1e-7 in float32: solving further buys nothing.
@@ -175,9 +175,10 @@ def mesa_attention(
     if cg_tol is None:
         cg_tol = _CG_TOL.get(q.dtype, 0.0)
     gates = _as_computed(q, g, beta, lamb)
-    o, _, h_kk, h_kv, steps, error_bound = torch.ops.mesa_ext.chunk_forward(
-        q, k, v, *gates, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol
-    )
+    o, _, h_kk, h_kv, steps, error_bound = chunk_forward(
+        q, k, v, *gates, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol,
+        final_state=output_final_state, solver_info=return_solver_info,
+    )  # fmt: skip
     state = MesaState(h_kk, h_kv) if output_final_state else None
     return (o, state, SolverInfo(steps, error_bound)) if return_solver_info else (o, state)
 

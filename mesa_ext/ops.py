@@ -23,18 +23,25 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.register_fake("mesa_ext::chunk_forward")
-def _chunk_forward_fake(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol):
+def _chunk_forward_fake(
+    q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol,
+    solution=True, final_state=True, solver_info=True,
+):  # fmt: skip
     batch, tokens, q_heads, K = q.shape
     heads, V = v.shape[2:]
     out_heads = max(q_heads, heads)
     n = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+    def result(wanted, *shape, dtype=g.dtype):  # one that is not wanted has no elements
+        return g.new_empty(shape if wanted else (0,), dtype=dtype)
+
     return (
-        q.new_empty(batch, tokens, out_heads, V),
-        g.new_empty(batch, tokens, out_heads, K),
-        g.new_empty(n, heads, K, K),
-        g.new_empty(n, heads, K, V),
-        g.new_empty(batch, tokens, out_heads, dtype=torch.int32),
-        g.new_empty(batch, tokens, out_heads),
+        result(True, batch, tokens, out_heads, V, dtype=q.dtype),
+        result(solution, batch, tokens, out_heads, K),
+        result(final_state, n, heads, K, K),
+        result(final_state, n, heads, K, V),
+        result(solver_info, batch, tokens, out_heads, dtype=torch.int32),
+        result(solver_info, batch, tokens, out_heads),
     )
 
 
@@ -54,7 +61,9 @@ def _decode_step_fake(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_
 
 
 def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.max_cg_iterations, ctx.cg_tol = inputs
+    *tensors, ctx.max_cg_iterations, ctx.cg_tol, solution, _, _ = inputs
+    if not solution:
+        raise RuntimeError("mesa_ext::chunk_forward: a call with solution=False cannot be differentiated")
     _, x, _, _, steps, bound = output
     ctx.save_for_backward(*tensors, x)
     ctx.mark_non_differentiable(x, steps, bound)
@@ -69,10 +78,31 @@ def _backward(ctx, do, _dx, dh_kk_final, dh_kv_final, _dsteps, _dbound):
         do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x,
         ctx.max_cg_iterations, ctx.cg_tol,
     )  # fmt: skip
-    return *grads, dh_kk if h_kk is not None else None, dh_kv if h_kv is not None else None, None, None, None
+    return *grads, dh_kk if h_kk is not None else None, dh_kv if h_kv is not None else None, *[None] * 6
 
 
 torch.library.register_autograd("mesa_ext::chunk_forward", _backward, setup_context=_save_for_backward)
+
+
+class _ChunkForward(torch.autograd.Function):
+    """The same gradient. torch.library's own way to it costs an eager call three times as much on the host."""
+
+    @staticmethod
+    def forward(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.mesa_ext.chunk_forward.default(*inputs)
+
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_backward)
+
+
+def chunk_forward(*inputs, final_state: bool, solver_info: bool) -> tuple[Tensor, ...]:
+    """``torch.ops.mesa_ext.chunk_forward`` with whatever of it the results and a gradient need."""
+    differentiable = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
+    inputs = *inputs, differentiable, final_state, solver_info
+    if torch.compiler.is_compiling():
+        return torch.ops.mesa_ext.chunk_forward(*inputs)
+    return _ChunkForward.apply(*inputs) if differentiable else _ChunkForward.forward(*inputs)
 
 
 def _refuse_second_derivative(ctx, *grads: Tensor):

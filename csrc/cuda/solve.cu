@@ -19,8 +19,8 @@ namespace {
 // |p| is kept near 2^9: products with keys (|k| <= 2^4.5) stay below fp16's 2^16, small elements far above its 2^-24.
 constexpr int kDirectionExponent = 9;
 
-// Where a chunk's decays are no stronger than 2^-kMildDecay and its weights below kMildWeight, a decay from one token to
-// another is the quotient of two from the first, which saves the exponentials.
+// Where a chunk's decays are no stronger than 2^-kMildDecay and its weights below kMildWeight, a decay from one token
+// to another is the quotient of two from the first, which saves the exponentials.
 constexpr float kMildDecay = 32.f, kMildWeight = 0x1p60f;
 
 constexpr int kMaxVTiles = kMaxWidth / kChunk;
@@ -97,7 +97,8 @@ __device__ __forceinline__ bool any_active(bool active) {
 }
 
 template <Isa isa, int KTiles, int KeyTerms, bool ReadOut>
-__global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(const __grid_constant__ SolveArgs a) {
+__global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2)
+    solve_kernel(const __grid_constant__ SolveArgs a) {
     if constexpr (isa == Isa::hopper && !ptx::kHasHopper) return;  // never launched
     MESA_DYNAMIC_SHARED(shared_bytes);
     auto& sm = *reinterpret_cast<Shared<KTiles, KeyTerms>*>(shared_bytes);
@@ -430,7 +431,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 ? 3 : 2) solve_kernel(co
             x[kt].c[n][0] = v.x, x[kt].c[n][1] = v.y, x[kt].c[n][2] = v.z, x[kt].c[n][3] = v.w;
         }
         scale_rows(x[kt], rhs_scale_of[0], rhs_scale_of[1]);
-        store_strip<true>(a.x, to_write, to_head, end_first_row, kt * kChunk, x[kt], end_lane);
+        if (a.x.data) store_strip<true>(a.x, to_write, to_head, end_first_row, kt * kChunk, x[kt], end_lane);
         if (!ReadOut && a.rounded.data)
             store_strip<false>(a.rounded, to_write, to_head, end_first_row, kt * kChunk, x[kt], end_lane);
     }

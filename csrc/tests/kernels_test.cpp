@@ -396,7 +396,8 @@ struct Pass {
     }
     void gradients() const {
         check(launch_grad({problem, x.rows, dq.rows, d_o.rows, keys(), values(), gates(), adjoints(),
-                           from_start.data, overlaps.data, dk.rows, dv.rows, dg.data, dbeta.data, dlamb.data, H}, nullptr),
+                           from_start.data, overlaps.data, dk.rows, dv.rows, dg.data, dbeta.data, dlamb.data, H},
+                          nullptr),
               "grad");
     }
 
