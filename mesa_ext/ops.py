@@ -84,15 +84,20 @@ def _backward(ctx, do, _dx, dh_kk_final, dh_kv_final, _dsteps, _dbound):
 torch.library.register_autograd("mesa_ext::chunk_forward", _backward, setup_context=_save_for_backward)
 
 
+def _below_autograd(*inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mesa_ext.chunk_forward.default(*inputs)
+
+
 class _ChunkForward(torch.autograd.Function):
-    """The same gradient. torch.library's own way to it costs an eager call three times as much on the host."""
+    """The same gradient for eager calls, at a third of what torch.library's own way to it costs them on the host."""
 
     @staticmethod
-    def forward(*inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.mesa_ext.chunk_forward.default(*inputs)
+    def forward(ctx, *inputs):
+        output = _below_autograd(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
 
-    setup_context = staticmethod(_save_for_backward)
     backward = staticmethod(_backward)
 
 
@@ -102,7 +107,7 @@ def chunk_forward(*inputs, final_state: bool, solver_info: bool) -> tuple[Tensor
     inputs = *inputs, differentiable, final_state, solver_info
     if torch.compiler.is_compiling():
         return torch.ops.mesa_ext.chunk_forward(*inputs)
-    return _ChunkForward.apply(*inputs) if differentiable else _ChunkForward.forward(*inputs)
+    return _ChunkForward.apply(*inputs) if differentiable else _below_autograd(*inputs)
 
 
 def _refuse_second_derivative(ctx, *grads: Tensor):

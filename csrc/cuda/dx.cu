@@ -25,7 +25,7 @@ struct Shared {
 };
 
 template <Isa isa, int VTiles, int Terms>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, VTiles == 1 && Terms == 1 ? 3 : 2)
     dx_kernel(const __grid_constant__ DxArgs a) {
     if constexpr (isa == Isa::hopper && !ptx::kHasHopper) return;  // never launched
     MESA_DYNAMIC_SHARED(shared_bytes);

@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         const float alpha[2] = {of_row(own_alpha, 0, lane), of_row(own_alpha, 1, lane)};
         if constexpr (kFindsHard) step_range.add(row.step);
 
-        // r -= alpha Ap, r.z.
+        // r -= alpha Ap, z = r / lamb in the place of Ap, r.z.
         lane_lamb = lamb_of_lane();
         rz[0] = rz[1] = 0.f;
 #pragma unroll
@@ -378,18 +378,16 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
                 const LambPair l = lamb_at(lane_lamb, kt, n);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    float& u = r[kt].c[n][half * 2];
-                    float& v = r[kt].c[n][half * 2 + 1];
-                    u = fmaf(-alpha[half], ap[kt].c[n][half * 2], u);
-                    v = fmaf(-alpha[half], ap[kt].c[n][half * 2 + 1], v);
-                    rz[half] = fmaf(u * l.inverse[0], u, fmaf(v * l.inverse[1], v, rz[half]));
+                    float *const u = &r[kt].c[n][half * 2], *const z = &ap[kt].c[n][half * 2];
+                    u[0] = fmaf(-alpha[half], z[0], u[0]), z[0] = u[0] * l.inverse[0];
+                    u[1] = fmaf(-alpha[half], z[1], u[1]), z[1] = u[1] * l.inverse[1];
+                    rz[half] = fmaf(z[0], u[0], fmaf(z[1], u[1], rz[half]));
                 }
             }
 
         // x += alpha p and p = z + beta p, in its new scale; the direction of a row that has ended is zero.
         const float beta = row.advance(own_sum(rz, lane), tol_squared);
         direction = direction_scale(row.pp, lamb_exponent);
-        lane_lamb = lamb_of_lane();
         const float own_add = row.active() ? direction : 0.f, own_keep = beta * direction * inverse_direction;
         const float add[2] = {of_row(own_add, 0, lane), of_row(own_add, 1, lane)};
         const float keep[2] = {of_row(own_keep, 0, lane), of_row(own_keep, 1, lane)};
@@ -397,7 +395,6 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const LambPair l = lamb_at(lane_lamb, kt, n);
                 // Read and written whole: by halves the banks would conflict.
                 float4& x = sm.x[(kt * 8 + n) * kThreads + threadIdx.x];
                 float4 v = x;
@@ -410,8 +407,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
                     p[kt].term[0].r[n / 2][n % 2 * 2 + half] =
-                        pack(fmaf(r[kt].c[n][half * 2] * l.inverse[0], add[half], d[half].x * keep[half]),
-                             fmaf(r[kt].c[n][half * 2 + 1] * l.inverse[1], add[half], d[half].y * keep[half]));
+                        pack(fmaf(ap[kt].c[n][half * 2], add[half], d[half].x * keep[half]),
+                             fmaf(ap[kt].c[n][half * 2 + 1], add[half], d[half].y * keep[half]));
             }
     }
 

@@ -427,24 +427,18 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     __half* panel_place =
         a.states.panels + (place * KTiles + row_tile) * 2 * kPanel + first_row * kChunk + lane * 8;
     uint4 before[2][2];  // half of this lane's part of the state that the adjoint meets
-    const auto load_before = [&](const __half* panel, int half) {
+    const auto load_before = [&](int half) {
 #pragma unroll
         for (int term = 0; term < 2; ++term)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 before[term][i] =
-                    *reinterpret_cast<const uint4*>(panel + term * kPanel + half * 8 * kChunk + i * 32 * 8);
+                    *reinterpret_cast<const uint4*>(before_panel + term * kPanel + half * 8 * kChunk + i * 32 * 8);
     };
     const auto store_state = [&](int step) {
         const int own = ptx::opaque(lane);  // the addresses are not kept
         const bool overlaps = kOverlaps && overlap;
         float sum = 0.f;  // this lane's part of <adjoint, state>
-        const __half* const own_before = before_panel;
-        if (overlaps) {
-            before_panel += int64_t(before_places) * (KTiles * 2 * kPanel);
-            if (step + 1 < steps)  // a line of the next for every lane
-                ptx::prefetch_l2(before_panel - own * 8 + own / 16 * kPanel + own % 16 * kChunk);
-        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             __syncwarp();  // the rows before these have been read
@@ -469,13 +463,16 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
                 }
                 if (overlaps) sum += dot8(pieces[0], pieces[1], before[0][i], before[1][i]);
             }
-            if (overlaps && half == 0) load_before(own_before, 1);
+            if (overlaps && half == 0) load_before(1);
         }
         if (overlaps) {
 #pragma unroll
             for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
             if (lane == 0) *overlap = sum * pow2_inverse(sm.state_scale) * sm.before_scale;
             overlap -= a.heads * column_tiles * kWarps;
+            before_panel += int64_t(before_places) * (KTiles * 2 * kPanel);
+            if (step + 1 < steps)  // a line of the next for every lane
+                ptx::prefetch_l2(before_panel - own * 8 + own / 16 * kPanel + own % 16 * kChunk);
         }
         panel_place += int64_t(places) * (KTiles * 2 * kPanel);
     };
@@ -489,7 +486,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         }
         ptx::cp_async_wait<1>();
         __syncthreads();
-        if (kOverlaps && overlap) load_before(before_panel, 0);
+        if (kOverlaps && overlap) load_before(0);
         prepare(0);
         __syncthreads();
     }
@@ -523,8 +520,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         ptx::cp_async_wait<0>();  // the next chunk has come
         __syncthreads();
 
-        if (kOverlaps && overlap) load_before(before_panel, 0);  // ahead of the many that come behind it
         fetch(step + 2);
+        if (kOverlaps && overlap) load_before(0);
         prepare(step + 1);
         __syncthreads();
     }
