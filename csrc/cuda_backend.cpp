@@ -137,21 +137,21 @@ struct Call {
     at::TensorOptions float_options() const { return g.options(); }
 };
 
-// Memory for the states of every chunk.
+// Memory for the states of every chunk: the panels, then the scales.
 struct States {
-    Tensor panels, scales;
-    int64_t heads;
+    int64_t heads, panel_bytes, scale_bytes;
+    Tensor memory;
 
     States(const Call& call, int64_t heads_)
-        : panels(at::empty({call.problem.slots() * heads_ * split_state_panels(call.problem) * kPanel},
-                           call.float_options().dtype(at::kHalf))),
-          scales(at::empty({call.problem.slots() * heads_ * (tiles(call.problem.V) + tiles(call.problem.K))},
-                           call.float_options())),
-          heads(heads_) {}
+        : heads(heads_),
+          panel_bytes(call.problem.slots() * heads * split_state_panels(call.problem) * kPanel * sizeof(__half)),
+          scale_bytes(call.problem.slots() * heads * (tiles(call.problem.V) + tiles(call.problem.K)) * sizeof(float)),
+          memory(at::empty({panel_bytes + scale_bytes}, call.float_options().dtype(at::kByte))) {}
 
     SplitStates view(int64_t kernel_heads) const {
-        return {static_cast<__half*>(panels.data_ptr()), scales.data_ptr<float>(), static_cast<int>(heads),
-                static_cast<int>(kernel_heads / heads)};
+        uint8_t* const bytes = memory.data_ptr<uint8_t>();
+        return {reinterpret_cast<__half*>(bytes), reinterpret_cast<float*>(bytes + panel_bytes),
+                static_cast<int>(heads), static_cast<int>(kernel_heads / heads)};
     }
 };
 
