@@ -1,14 +1,14 @@
 // The operators on CPU, in float32 or float64 (16-bit inputs are computed in float32, results rounded at the end).
 //
 // Per sequence and head the state S = [G | H] is a linear-attention state with keys k and values u = [v | k], and its
-// adjoint is one with keys x and values y = [do | -w]. The passes over all tokens are therefore few: the states before
-// each chunk of 64 tokens (scan_states, also backwards for the adjoint), the solve, the read-out and the gradients,
-// which run on all chunks and heads in parallel.
+// adjoint is one with keys x and values y = [do | -w]. The passes over all tokens are therefore few, each with a state at
+// hand that goes from chunk to chunk: solve and read-out; backwards dx and the solve, then the gradients with the adjoint.
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "cpu/solve.h"
+#include "cpu/states.h"
 
 namespace mesa::cpu {
 namespace {
@@ -37,27 +37,21 @@ struct Inputs {
     Heads<T> k, v, g, beta;
     Regulariser<T> lamb;
     Layout layout;
+    Segments segments;
 
     Inputs(const ProblemSize& p, const Tensor& k_in, const Tensor& v_in, const Tensor& g_in, const Tensor& beta_in,
            const Tensor& lamb_in, const optional<Tensor>& h_kk_in, const optional<Tensor>& h_kv_in,
            const optional<Tensor>& cu_seqlens)
         : k_(prepare<T>(k_in)), v_(prepare<T>(v_in)), g_(prepare<T>(g_in)), beta_(prepare<T>(beta_in)),
           h_kk(prepare<T>(h_kk_in)), h_kv(prepare<T>(h_kv_in)), k(k_), v(v_), g(g_.unsqueeze(-2)),
-          beta(beta_.unsqueeze(-2)), lamb(prepare<T>(lamb_in)), layout(p, cu_seqlens) {}
+          beta(beta_.unsqueeze(-2)), lamb(prepare<T>(lamb_in)), layout(p, cu_seqlens),
+          segments(p, layout, !cu_seqlens) {}
 
-    // State [G | H] before every chunk, for [chunk, state head, K] rows.
-    Tensor allocate_states(const ProblemSize& p) const {
-        return at::empty({static_cast<int64_t>(layout.chunks.size()) * p.HS * p.K, ld(p)}, g_.options());
-    }
-    static int64_t ld(const ProblemSize& p) { return pitch<T>(padded<T>(p.V) + p.K); }
-
-    View<T> scan(const ProblemSize& p, const Tensor& states, T* final_kk, T* final_kv) const {
-        const View<T> view{states.data_ptr<T>(), ld(p)};
+    Scan<T> scan(const ProblemSize& p, T* final_kk, T* final_kv) const {
         // x' H' = (H x)': only the transpose gives the gradient of an H that is perturbed without staying symmetric.
-        const ScanPart<T> parts[2] = {{v, T(1), data_or_null<T>(h_kv), final_kv, false},
-                                      {k, T(1), data_or_null<T>(h_kk), final_kk, true}};
-        scan_states(p, layout, g, beta, k, parts, false, view);
-        return view;
+        return {p, layout, segments, g, beta, k,
+                {{v, T(1), data_or_null<T>(h_kv), final_kv, false}, {k, T(1), data_or_null<T>(h_kk), final_kk, true}},
+                false};
     }
 
     void load(const ProblemSize& p, Block<T>& block, Chunk chunk, int64_t head, bool transpose_v) const {
@@ -65,12 +59,11 @@ struct Inputs {
     }
 };
 
-// Calls body(chunk number, state head) for all of them in parallel; make_body makes a body for each thread's share.
-template <typename MakeBody>
-void for_chunks_and_heads(const ProblemSize& p, const Layout& layout, const MakeBody& make_body) {
-    at::parallel_for(0, layout.chunks.size() * p.HS, 1, [&](int64_t begin, int64_t end) {
-        auto body = make_body();
-        for (int64_t task = begin; task < end; ++task) body(task / p.HS, task % p.HS);
+// Calls body(segment number, state head) for all of them in parallel; make_body makes a body for each thread.
+template <typename T, typename MakeBody>
+void for_segments_and_heads(const ProblemSize& p, const Inputs<T>& in, const MakeBody& make_body) {
+    for_each_task(in.segments.list.size() * p.HS, [&] {
+        return [&, body = make_body()](int64_t task) mutable { body(task / p.HS, task % p.HS); };
     });
 }
 
@@ -85,134 +78,180 @@ ForwardResult forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q
     const Tensor steps = at::empty({p.B, p.T, p.HO}, options.dtype(at::kInt));
     const Tensor bound = at::empty({p.B, p.T, p.HO}, options);
     const Tensor h_kk = at::empty({p.N, p.HS, p.K, p.K}, options), h_kv = at::empty({p.N, p.HS, p.K, p.V}, options);
-    const Tensor states = in.allocate_states(p);
-    const View<T> s = in.scan(p, states, h_kk.data_ptr<T>(), h_kv.data_ptr<T>());
+    const Scan<T> scan = in.scan(p, h_kk.data_ptr<T>(), h_kv.data_ptr<T>());
+    const States<T> states(p, in.segments.list.size(), options);  // of the segments, on their way through the chunks
+    const auto place = [&](int64_t segment, int64_t head) { return states.at(segment, head); };
+    scan.start_segments(place);
 
     const Heads<T> q_heads(q), o_heads(o), x_heads(x);
-    for_chunks_and_heads(p, in.layout, [&] {
-        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K),
-                read = ReadOut<T>(kChunk, p.K, p.V)](int64_t number, int64_t head) mutable {
-            const Chunk chunk = in.layout.chunks[number];
-            const View<T> G = s.rows_from((number * p.HS + head) * p.K), H = G.columns_from(block.k_column);
+    for_segments_and_heads(p, in, [&] {
+        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K), read = ReadOut<T>(kChunk, p.K, p.V),
+                advance = Advance<T>(p)](int64_t segment, int64_t head) mutable {
+            const View<T> G = place(segment, head), H = G.columns_from(block.k_column);
             const T *const lamb = in.lamb.lamb.row(head), *const inverse_lamb = in.lamb.inverse.row(head);
-            in.load(p, block, chunk, head, false);
-            for (int64_t out = head * p.outputs_per_state(); out < (head + 1) * p.outputs_per_state(); ++out) {
-                const int64_t query = out / p.outputs_per_query();
-                q_heads.load(chunk.token, chunk.count, query, solver.b);
-                solver.run(&block, H, lamb, inverse_lamb, chunk.count, stop);
-                read.run(&block, G, H, lamb, inverse_lamb, stop, chunk.count,
-                         [&](int i) { return q_heads.at(chunk.token + i, query); }, solver);
-                x_heads.store(chunk.token, chunk.count, out, solver.x);
-                o_heads.store(chunk.token, chunk.count, out, read.o);
-                for (int i = 0; i < chunk.count; ++i) {
-                    const int64_t at = (chunk.token + i) * p.HO + out;
-                    steps.data_ptr<int>()[at] = solver.rows[i].steps();
-                    bound.data_ptr<T>()[at] = std::sqrt(solver.rows[i].bound_squared());
+            for (int64_t number = in.segments.list[segment].begin; number < in.segments.list[segment].end; ++number) {
+                const Chunk chunk = in.layout.chunks[number];
+                in.load(p, block, chunk, head, false);
+                for (int64_t out = head * p.outputs_per_state(); out < (head + 1) * p.outputs_per_state(); ++out) {
+                    const int64_t query = out / p.outputs_per_query();
+                    q_heads.load(chunk.token, chunk.count, query, solver.b);
+                    solver.run(&block, H, lamb, inverse_lamb, chunk.count, stop);
+                    read.run(&block, G, H, lamb, inverse_lamb, stop, chunk.count,
+                             [&](int i) { return q_heads.at(chunk.token + i, query); }, solver);
+                    x_heads.store(chunk.token, chunk.count, out, solver.x);
+                    o_heads.store(chunk.token, chunk.count, out, read.o);
+                    for (int i = 0; i < chunk.count; ++i) {
+                        const int64_t at = (chunk.token + i) * p.HO + out;
+                        steps.data_ptr<int>()[at] = solver.rows[i].steps();
+                        bound.data_ptr<T>()[at] = std::sqrt(solver.rows[i].bound_squared());
+                    }
                 }
+                advance(block, G, G);
             }
+            scan.finish(in.segments.list[segment], head, G);
         };
     });
     return {o.to(p.dtype), x, h_kk, h_kv, steps, bound};
 }
 
-// w_t = (H_t + Lambda)^{-1} G_t do_t for all tokens, [B, T, HO, K], and what the state before each chunk adds to the
-// output of its tokens, x_t' S y_t with y_t = [do_t | -w_t], before decay, [B, T, HO, 1] in float64.
+// What the solve of the backward pass leaves to the gradients.
 template <typename T>
-std::tuple<Tensor, Tensor> solve_adjoint(const ProblemSize& p, const Inputs<T>& in, View<T> s, const Heads<T>& x_heads,
-                                         const Heads<T>& grad_o, Stop stop) {
-    const Tensor w = at::empty({p.B, p.T, p.HO, p.K}, in.g_.options());
-    const Tensor products = at::empty({p.B, p.T, p.HO, 1}, in.g_.options().dtype(at::kDouble));
-    const Heads<T> w_heads(w);
-    const Heads<double> product_heads(products);
-    const int64_t k_column = padded<T>(p.V), u_width = k_column + padded<T>(p.K);
-    for_chunks_and_heads(p, in.layout, [&] {
-        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K), x = Matrix<T>(kChunk, p.K),
-                y = Matrix<T>(kChunk, u_width), from_state = Matrix<T>(kChunk, u_width), gt = Matrix<T>(p.V, p.K),
-                rows = row_numbers(kChunk), hard = HardRows<T>(p.K, p.V)](int64_t number, int64_t head) mutable {
-            const auto& kernel = kernels<T>();
-            const Chunk chunk = in.layout.chunks[number];
-            const View<T> G = s.rows_from((number * p.HS + head) * p.K), H = G.columns_from(k_column);
-            const T *const lamb = in.lamb.lamb.row(head), *const inverse_lamb = in.lamb.inverse.row(head);
-            in.load(p, block, chunk, head, true);
-            transpose<T>(G, p.K, p.V, gt);
-            for (int64_t out = head * p.outputs_per_state(); out < (head + 1) * p.outputs_per_state(); ++out) {
-                grad_o.load(chunk.token, chunk.count, out, y);
-                attend<T>(&block, y, p.V, block.vt(), gt, block.k(), p.K, solver.b, solver.scores, rows.data(),
-                          chunk.count);
-                solver.run(&block, H, lamb, inverse_lamb, chunk.count, stop);
-                const bool any_hard = hard.find(solver, chunk.count, stop);
-                if (any_hard) hard.correct_adjoint(block, G, H, lamb, inverse_lamb, y, chunk.count, stop, solver);
-                w_heads.store(chunk.token, chunk.count, out, solver.x);
+struct Adjoint {
+    States<T> states;  // before every chunk
+    Tensor w;          // w_t = (H_t + Lambda)^{-1} G_t do_t, [B, T, HO, K]
+    Tensor products;   // e^{gc_t} x_t' S y_t with y_t = [do_t | -w_t] and the state S before the chunk, [B, T, HO, 1]
+    Tensor sums;       // of w o x over every chunk, [chunk, HO, K]
+};
 
-                x_heads.load(chunk.token, chunk.count, out, x);
-                for (int i = 0; i < chunk.count; ++i) kernel.scale(p.K, T(-1), solver.x.row(i), y.row(i) + k_column);
-                attend<T>(nullptr, x, p.K, {}, G, {}, u_width, from_state, {}, rows.data(), chunk.count);
-                for (int i = 0; i < chunk.count; ++i)
-                    *product_heads.at(chunk.token + i, out) = kernel.dot(u_width, from_state.row(i), y.row(i));
-                if (any_hard)
-                    hard.products(x, y, chunk.count, [&](int i) { return product_heads.at(chunk.token + i, out); });
+template <typename T>
+Adjoint<T> solve_adjoint(const ProblemSize& p, const Inputs<T>& in, const Heads<T>& x_heads, const Heads<T>& grad_o,
+                         Stop stop) {
+    const auto options = in.g_.options();
+    const int64_t chunks = in.layout.chunks.size();
+    const Adjoint<T> result{States<T>(p, chunks, options), at::empty({p.B, p.T, p.HO, p.K}, options),
+                            at::empty({p.B, p.T, p.HO, 1}, options.dtype(at::kDouble)),
+                            at::zeros({chunks, p.HO, p.K}, options)};
+    const Heads<T> w_heads(result.w), sums(result.sums);
+    const Heads<double> product_heads(result.products);
+    in.scan(p, nullptr, nullptr).start_segments([&](int64_t segment, int64_t head) {
+        return result.states.at(in.segments.list[segment].begin, head);
+    });
+
+    const int64_t k_width = padded<T>(p.K);
+    for_segments_and_heads(p, in, [&] {
+        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K), do_rows = Matrix<T>(kChunk, p.V),
+                x = Matrix<T>(kChunk, p.K), from_g = Matrix<T>(kChunk, p.K), from_h = Matrix<T>(kChunk, p.K),
+                gt = Matrix<T>(p.V, p.K), rows = row_numbers(kChunk), hard = HardRows<T>(p.K, p.V),
+                advance = Advance<T>(p)](int64_t segment, int64_t head) mutable {
+            const auto& kernel = kernels<T>();
+            const T *const lamb = in.lamb.lamb.row(head), *const inverse_lamb = in.lamb.inverse.row(head);
+            const int64_t end = in.segments.list[segment].end;
+            for (int64_t number = in.segments.list[segment].begin; number < end; ++number) {
+                const Chunk chunk = in.layout.chunks[number];
+                const View<T> G = result.states.at(number, head), H = G.columns_from(block.k_column);
+                in.load(p, block, chunk, head, true);
+                transpose<T>(G, p.K, p.V, gt);
+                for (int64_t out = head * p.outputs_per_state(); out < (head + 1) * p.outputs_per_state(); ++out) {
+                    const auto multiply_state = [&](View<T> a, int64_t width, View<T> state, View<T> to) {
+                        Product<T> product{{a.data, a.ld, 1, state.data, state.ld, width}, to.data, to.ld, k_width};
+                        product.row_scale = block.gates.in;
+                        kernel.multiply(product, rows.data(), chunk.count);
+                    };
+                    grad_o.load(chunk.token, chunk.count, out, do_rows);
+                    multiply_state(do_rows, p.V, gt, from_g);
+                    score<T>(block, do_rows, p.V, block.vt(), solver.scores, rows.data(), chunk.count);
+                    Product<T> dx{{solver.scores.data, solver.scores.ld, 1, block.k().data, block.k().ld, chunk.count,
+                                   Part::lower}, solver.b.data, solver.b.ld, k_width};
+                    dx.add = from_g.data;
+                    kernel.multiply(dx, rows.data(), chunk.count);
+                    solver.run(&block, H, lamb, inverse_lamb, chunk.count, stop);
+                    const bool any_hard = hard.find(solver, chunk.count, stop);
+                    if (any_hard)
+                        hard.correct_adjoint(block, G, H, lamb, inverse_lamb, do_rows, chunk.count, stop, solver);
+                    w_heads.store(chunk.token, chunk.count, out, solver.x);
+
+                    x_heads.load(chunk.token, chunk.count, out, x);
+                    multiply_state(x, p.K, H, from_h);
+                    for (int i = 0; i < chunk.count; ++i) {
+                        const T *const x_row = x.row(i), *const w_row = solver.x.row(i);
+                        kernel.add_products(p.K, x_row, w_row, sums.at(number, out));
+                        *product_heads.at(chunk.token + i, out) =
+                            kernel.dot(k_width, x_row, from_g.row(i)) - kernel.dot(k_width, from_h.row(i), w_row);
+                    }
+                    if (any_hard)
+                        hard.products(x, do_rows, solver.x, chunk.count, block.gates.in,
+                                      [&](int i) { return product_heads.at(chunk.token + i, out); });
+                }
+                if (number + 1 < end) advance(block, G, result.states.at(number + 1, head));
             }
         };
     });
-    return {w, products};
+    return result;
 }
 
 // The gradient of gated linear attention with queries x, keys k, values u = [v | k] and output gradients y = [do | -w]:
-// dk and dv per state head, dg and dbeta. S is the state before and D the adjoint of the state after a chunk.
+// dk and dv per state head, dg and dbeta. S is the state before and D the adjoint of the state after a chunk, which goes
+// from chunk to chunk, backwards.
 template <typename T>
 struct AttentionGradient {
     const ProblemSize& p;
     const Inputs<T>& in;
-    View<T> states, adjoints;
+    const States<T>& states;    // before every chunk
+    const States<T>& adjoints;  // of the segments, on their way through the chunks
+    const Scan<T>& scan;
     Heads<T> x_heads, grad_o, w_heads;
-    Heads<double> products;  // x_i' S y_i
+    Heads<double> products;  // e^{gc_i} x_i' S y_i
     Heads<T> dk, dv, dg, dbeta;
 
     const Kernels<T>& kernel = kernels<T>();
     int64_t k_width = padded<T>(p.K), k_column = padded<T>(p.V), u_width = k_column + k_width;
     Block<T> block{p.K, p.V};
-    Matrix<T> x{kChunk, p.K}, y{kChunk, u_width};
+    Matrix<T> x{kChunk, p.K}, y{kChunk, u_width}, weighted{kChunk, p.K};
     Matrix<T> keys{kChunk, kChunk}, residuals{kChunk, kChunk};    // scores x_i.k_j and y_i.u_j
     Matrix<T> from_adjoint_t{k_width, kChunk};          // D u_j, transposed
     Matrix<T> moved{kChunk, p.K}, du{kChunk, u_width};  // D_j u_j and D_j' k_j, with the adjoint D_j at token j
-    std::vector<int> rows = row_numbers(std::max<int64_t>(kChunk, p.K));
+    std::vector<int> rows = row_numbers(kChunk), state_rows = row_numbers(p.K);
 
     // What the decays carry, each term once: from token j to token i, from the state before the chunk to token i, from
     // token j to the state after the chunk, and from state to state.
     double inside[kChunk][kChunk] = {}, before[kChunk] = {}, after[kChunk] = {}, across = 0;
 
-    void operator()(int64_t number, int64_t head) {
-        const Chunk chunk = in.layout.chunks[number];
-        const View<T> S = states.rows_from((number * p.HS + head) * p.K);
-        const View<T> D = adjoints.rows_from((number * p.HS + head) * p.K);
-        in.load(p, block, chunk, head, true);
-        start_from_adjoint(S, D);
-        for (int64_t n = 0; n < p.outputs_per_state(); ++n) add_outputs(chunk, head * p.outputs_per_state() + n);
-        store(chunk, head);
+    void operator()(int64_t segment, int64_t head) {
+        const View<T> D = adjoints.at(segment, head);
+        for (int64_t number = in.segments.list[segment].end - 1; number >= in.segments.list[segment].begin; --number) {
+            const Chunk chunk = in.layout.chunks[number];
+            in.load(p, block, chunk, head, true);
+            start_from_adjoint(states.at(number, head), D);
+            for (int64_t n = 0; n < p.outputs_per_state(); ++n) {
+                add_outputs(chunk, head * p.outputs_per_state() + n);
+                advance_adjoint(D, n == 0 ? block.gates.total : T(1));
+            }
+            store(chunk, head);
+        }
+        scan.finish(in.segments.list[segment], head, D);
     }
 
     // C (+)= row_scale o (A B), or with A' and its known zeros.
-    void multiply(View<T> a, View<T> b, View<T> c, int64_t n, int64_t depth, Part part = Part::all,
+    void multiply(View<T> a, View<T> b, View<T> c, int64_t n, int64_t depth, bool lower = false,
                   const T* row_scale = nullptr) {
-        Product<T> product{a.data, a.ld, 1, b.data, b.ld, c.data, c.ld, n, depth};
-        product.part = part;
+        Product<T> product{{a.data, a.ld, 1, b.data, b.ld, depth}, c.data, c.ld, n};
+        product.lower = lower;
         product.row_scale = row_scale;
         kernel.multiply(product, rows.data(), block.count);
     }
     void add_transposed(View<T> a, View<T> b, View<T> c, int64_t n) {
-        Product<T> product{a.data, 1, a.ld, b.data, b.ld, c.data, c.ld, n, block.count};
-        product.part = Part::a_upper;
+        Product<T> product{{a.data, 1, a.ld, b.data, b.ld, block.count, Part::upper}, c.data, c.ld, n};
         product.add = c.data;
         kernel.multiply(product, rows.data(), block.count);
     }
 
     void start_from_adjoint(View<T> S, View<T> D) {
         const Gates<T>& gates = block.gates;
-        Product<T> product{D.data, D.ld, 1, block.ut.data, block.ut.ld, from_adjoint_t.data, from_adjoint_t.ld, kChunk,
-                           u_width};
-        kernel.multiply(product, rows.data(), p.K);
+        const Product<T> product{{D.data, D.ld, 1, block.ut.data, block.ut.ld, u_width}, from_adjoint_t.data,
+                                 from_adjoint_t.ld, kChunk};
+        kernel.multiply(product, state_rows.data(), p.K);
         transpose<T>(from_adjoint_t, k_width, block.count, moved);  // with the padding: moved may hold NaN there
-        multiply(block.k(), D, du, u_width, p.K, Part::all, gates.out);
+        multiply(block.k(), D, du, u_width, p.K, false, gates.out);
         for (int j = 0; j < block.count; ++j) {
             const T dot = kernel.dot(k_width, block.k().row(j), moved.row(j));
             after[j] = static_cast<double>(gates.out[j]) * gates.beta[j] * dot;
@@ -232,8 +271,8 @@ struct AttentionGradient {
         for (int i = 0; i < chunk.count; ++i)
             kernel.scale(k_width, T(-1), y.row(i) + k_column, y.row(i) + k_column);
 
-        multiply(x, block.kt(), keys, kChunk, p.K, Part::c_lower);
-        multiply(y, block.ut, residuals, kChunk, u_width, Part::c_lower);
+        multiply(x, block.kt(), keys, kChunk, p.K, true);
+        multiply(y, block.ut, residuals, kChunk, u_width, true);
         for (int i = 0; i < chunk.count; ++i) {
             T *const key = keys.row(i), *const residual = residuals.row(i);
             kernel.weigh_scores(i + 1, block.decay.row(i), block.mask.row(i), key, residual, inside[i]);
@@ -242,8 +281,12 @@ struct AttentionGradient {
         }
         add_transposed(residuals, x, moved, k_width);
         add_transposed(keys, y, du, u_width);
-        for (int i = 0; i < chunk.count; ++i)
-            before[i] += static_cast<double>(block.gates.in[i]) * *products.at(chunk.token + i, head);
+        for (int i = 0; i < chunk.count; ++i) before[i] += *products.at(chunk.token + i, head);
+    }
+
+    void advance_adjoint(View<T> D, T total) {
+        for (int i = 0; i < block.count; ++i) kernel.scale(p.K, block.gates.in[i], x.row(i), weighted.row(i));
+        advance_state<T>(weighted, y, block.count, total, D, D, u_width, state_rows);
     }
 
     void store(Chunk chunk, int64_t head) {
@@ -278,33 +321,44 @@ Tensor sum_groups(const Tensor& t, int64_t heads) {
     return t.size(2) == heads ? t : t.view({t.size(0), t.size(1), heads, t.size(2) / heads, t.size(3)}).sum(3);
 }
 
+// Over the first dimension; on any number of threads the same.
+template <typename T>
+Tensor sum_in_order(const Tensor& t) {
+    const Tensor sum = at::zeros(t.sizes().slice(1), t.options());
+    const int64_t n = sum.numel();
+    for (int64_t i = 0; i < t.size(0); ++i)
+        std::transform(sum.data_ptr<T>(), sum.data_ptr<T>() + n, t.data_ptr<T>() + i * n, sum.data_ptr<T>(),
+                       std::plus<T>());
+    return sum;
+}
+
 template <typename T>
 BackwardResult backward(const ProblemSize& p, const Inputs<T>& in, const Tensor& grad_o_in, const Tensor& x_in,
                         const optional<Tensor>& dh_kk_in, const optional<Tensor>& dh_kv_in, Stop stop) {
     const Tensor grad_o = prepare<T>(grad_o_in), x = prepare<T>(x_in);
     const auto dh_kk_final = prepare<T>(dh_kk_in), dh_kv_final = prepare<T>(dh_kv_in);
     const auto options = x.options();
-    const Tensor states = in.allocate_states(p), adjoints = in.allocate_states(p);
-    const View<T> s = in.scan(p, states, nullptr, nullptr);
-    Tensor w, products;
-    std::tie(w, products) = solve_adjoint(p, in, s, Heads<T>(x), Heads<T>(grad_o), stop);
+    const Heads<T> x_heads(x), do_heads(grad_o);
+    const Adjoint<T> adjoint = solve_adjoint(p, in, x_heads, do_heads, stop);
 
     const Tensor dh_kk = at::empty({p.N, p.HS, p.K, p.K}, options), dh_kv = at::empty({p.N, p.HS, p.K, p.V}, options);
-    const View<T> d{adjoints.data_ptr<T>(), in.ld(p)};
-    const ScanPart<T> parts[2] = {
-        {Heads<T>(grad_o), T(1), data_or_null<T>(dh_kv_final), dh_kv.data_ptr<T>(), false},
-        {Heads<T>(w), T(-1), data_or_null<T>(dh_kk_final), dh_kk.data_ptr<T>(), true}};
-    scan_states(p, in.layout, in.g, in.beta, Heads<T>(x), parts, true, d);
+    const Heads<T> w_heads(adjoint.w);
+    const Scan<T> scan{p, in.layout, in.segments, in.g, in.beta, x_heads,
+                       {{do_heads, T(1), data_or_null<T>(dh_kv_final), dh_kv.data_ptr<T>(), false},
+                        {w_heads, T(-1), data_or_null<T>(dh_kk_final), dh_kk.data_ptr<T>(), true}},
+                       true};
+    const States<T> adjoints(p, in.segments.list.size(), options);
+    scan.start_segments([&](int64_t segment, int64_t head) { return adjoints.at(segment, head); });
 
     const Tensor dk = at::empty({p.B, p.T, p.HS, p.K}, options), dv = at::empty({p.B, p.T, p.HS, p.V}, options);
     const Tensor dg = at::empty({p.B, p.T, p.HS}, options), dbeta = at::empty({p.B, p.T, p.HS}, options);
-    for_chunks_and_heads(p, in.layout, [&] {
-        return AttentionGradient<T>{p, in, s, d, Heads<T>(x), Heads<T>(grad_o), Heads<T>(w), Heads<double>(products),
-                                    Heads<T>(dk), Heads<T>(dv), Heads<T>(dg.unsqueeze(-2)),
-                                    Heads<T>(dbeta.unsqueeze(-2))};
+    for_segments_and_heads(p, in, [&] {
+        return AttentionGradient<T>{p, in, adjoint.states, adjoints, scan, x_heads, do_heads, w_heads,
+                                    Heads<double>(adjoint.products), Heads<T>(dk), Heads<T>(dv),
+                                    Heads<T>(dg.unsqueeze(-2)), Heads<T>(dbeta.unsqueeze(-2))};
     });
-    const Tensor dlamb = -(w * x).sum(at::IntArrayRef{0, 1}).view({p.HS, p.outputs_per_state(), p.K}).sum(1);
-    return {sum_groups(w, p.HQ).to(p.dtype), sum_groups(dk, p.HK).to(p.dtype), dv.to(p.dtype), dg, dbeta, dlamb,
+    const Tensor dlamb = -sum_in_order<T>(adjoint.sums).view({p.HS, p.outputs_per_state(), p.K}).sum(1);
+    return {sum_groups(adjoint.w, p.HQ).to(p.dtype), sum_groups(dk, p.HK).to(p.dtype), dv.to(p.dtype), dg, dbeta, dlamb,
             dh_kk, dh_kv};
 }
 

@@ -13,22 +13,21 @@ struct VectorOf {
     static constexpr int width = MESA_VECTOR_BYTES / sizeof(T);
 };
 
-// R rows by NV registers of a product, summed over p in [k0, k1).
+// sum += A B for R rows by NV registers.
 template <typename T, int R, int NV>
-MESA_TARGET void multiply_tile(const Product<T>& m, const int* rows, int64_t column, int64_t k0, int64_t k1) {
+MESA_TARGET __attribute__((always_inline)) inline void add_term(const Term<T>& term, const int* rows, int64_t column,
+                                                                typename VectorOf<T>::type (&sum)[R][NV]) {
     using V = typename VectorOf<T>::type;
     constexpr int W = VectorOf<T>::width;
-    V sum[R][NV];
+    const int64_t past_last = rows[R - 1] + 1;
+    const int64_t k0 = term.part == Part::upper ? rows[0] : 0;
+    const int64_t k1 = term.part == Part::lower && past_last < term.k ? past_last : term.k;
     const T* a[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        a[r] = m.a + rows[r] * m.a_row;
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[r][v] = V{};
-    }
-    const T* b = m.b + k0 * m.ldb + column;
-    int64_t offset = k0 * m.a_col;
-    for (int64_t p = k0; p < k1; ++p, b += m.ldb, offset += m.a_col) {
+    for (int r = 0; r < R; ++r) a[r] = term.a + rows[r] * term.a_row;
+    const T* b = term.b + k0 * term.ldb + column;
+    int64_t offset = k0 * term.a_col;
+    for (int64_t p = k0; p < k1; ++p, b += term.ldb, offset += term.a_col) {
         V bv[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) bv[v] = *reinterpret_cast<const V*>(b + v * W);
@@ -37,13 +36,38 @@ MESA_TARGET void multiply_tile(const Product<T>& m, const int* rows, int64_t col
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) sum[r][v] += a[r][offset] * bv[v];
     }
+}
+
+// R rows by NV registers of a product.
+template <typename T, int R, int NV>
+MESA_TARGET void multiply_tile(const Product<T>& m, const int* rows, int64_t column) {
+    using V = typename VectorOf<T>::type;
+    constexpr int W = VectorOf<T>::width;
+    V sum[R][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sum[r][v] = V{};
+    if (m.add) {  // on its way while the sums are formed
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) __builtin_prefetch(m.add + rows[r] * m.ldc + column + v * W);
+    }
+    add_term<T, R, NV>(m.term, rows, column, sum);
+    if (m.row_scale) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) sum[r][v] *= m.row_scale[rows[r]];
+    }
+    if (m.second.a) add_term<T, R, NV>(m.second, rows, column, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
         const int64_t at = rows[r] * m.ldc + column;
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
             V value = sum[r][v];
-            if (m.row_scale) value *= m.row_scale[rows[r]];
             if (m.mask) {  // a select, so that nothing of a later token passes, not even NaN
                 const V mask = *reinterpret_cast<const V*>(m.mask + at + v * W);
                 value = mask != 0 ? value * mask : V{};
@@ -59,18 +83,23 @@ template <typename T, int R, int NV>
 MESA_TARGET int multiply_rows(const Product<T>& m, const int* rows, int count, int64_t column) {
     int i = 0;
     for (; i + R <= count; i += R) {
-        const int first = rows[i], last = rows[i + R - 1];
-        if (m.part == Part::c_lower && column > last) continue;
-        const int64_t k0 = m.part == Part::a_upper ? first : 0;
-        const int64_t k1 = m.part == Part::a_lower && last + 1 < m.k ? last + 1 : m.k;
-        multiply_tile<T, R, NV>(m, rows + i, column, k0, k1);
+        // Whole registers above the diagonal are left out.
+        const int64_t wanted = m.lower ? (rows[i + R - 1] - column + VectorOf<T>::width) / VectorOf<T>::width : NV;
+        if (wanted >= NV)
+            multiply_tile<T, R, NV>(m, rows + i, column);
+        else if (NV > 2 && wanted == 2)
+            multiply_tile<T, R, 2>(m, rows + i, column);
+        else if (NV > 1 && wanted == 1)
+            multiply_tile<T, R, 1>(m, rows + i, column);
     }
     return i;
 }
 
+constexpr int kTallest = MESA_VECTOR_BYTES == 64 ? 8 : 6;  // so that sums fit 32 registers, or 16
+constexpr int kWidest = MESA_VECTOR_BYTES == 64 ? 3 : 2;
+
 template <typename T, int NV>
 MESA_TARGET void multiply_stripe(const Product<T>& m, const int* rows, int count, int64_t column) {
-    constexpr int kTallest = MESA_VECTOR_BYTES == 64 ? 8 : 6;  // sums fit 32 registers, or 16
     int i = multiply_rows<T, kTallest, NV>(m, rows, count, column);
     i += multiply_rows<T, 4, NV>(m, rows + i, count - i, column);
     i += multiply_rows<T, 2, NV>(m, rows + i, count - i, column);
@@ -81,11 +110,15 @@ template <typename T>
 MESA_TARGET void multiply(const Product<T>& m, const int* rows, int count) {
     constexpr int W = VectorOf<T>::width;
     int64_t column = 0;
-    if (count == 1) {  // wide, to hide the latency of the additions
+    if (count == 1 && !m.lower) {  // wide, to hide the latency of the additions
         for (; column + 8 * W <= m.n; column += 8 * W) multiply_rows<T, 1, 8>(m, rows, count, column);
     }
+    if (kWidest == 3) {  // but two stripes of 2 rather than one of 3 and one of 1
+        for (; column + 3 * W <= m.n && column + 4 * W != m.n; column += 3 * W)
+            multiply_stripe<T, kWidest>(m, rows, count, column);
+    }
     for (; column + 2 * W <= m.n; column += 2 * W) multiply_stripe<T, 2>(m, rows, count, column);
-    for (; column < m.n; column += W) multiply_stripe<T, 1>(m, rows, count, column);
+    if (column < m.n) multiply_stripe<T, 1>(m, rows, count, column);
 }
 
 template <typename T>
@@ -112,13 +145,17 @@ MESA_TARGET T dot(int64_t n, const T* a, const T* b) {
 template <typename T>
 MESA_TARGET double wide_dot(int64_t n, const T* a, const T* b) {
     using V = typename VectorOf<double>::type;
-    constexpr int W = VectorOf<double>::width;
+    constexpr int W = VectorOf<double>::width, kSums = kLine<T> / W;  // several: one chain would be waited for
     typedef T Narrow __attribute__((vector_size(W * sizeof(T)), may_alias));
-    V sum = V{};
-    for (int64_t i = 0; i < n; i += W)
-        sum += __builtin_convertvector(*reinterpret_cast<const Narrow*>(a + i), V) *
-               __builtin_convertvector(*reinterpret_cast<const Narrow*>(b + i), V);
-    return sum_lanes<double>(reinterpret_cast<const double*>(&sum));
+    V sum[kSums] = {};
+    for (int64_t i = 0; i < n; i += kLine<T>)
+#pragma GCC unroll 8
+        for (int s = 0; s < kSums; ++s)
+            sum[s] += __builtin_convertvector(*reinterpret_cast<const Narrow*>(a + i + s * W), V) *
+                      __builtin_convertvector(*reinterpret_cast<const Narrow*>(b + i + s * W), V);
+#pragma GCC unroll 8
+    for (int s = 1; s < kSums; ++s) sum[0] += sum[s];
+    return sum_lanes<double>(reinterpret_cast<const double*>(&sum[0]));
 }
 
 template <typename T>
@@ -178,6 +215,24 @@ MESA_TARGET void scale(int64_t n, T factor, const T* from, T* to) {
 }
 
 template <typename T>
+MESA_TARGET void decays(const double* decay, const T* beta, int64_t ld, T* l, T* m) {
+    double row[kChunk] = {};
+    for (int i = 0; i < kChunk; ++i, l += ld, m += ld) {
+        for (int j = 0; j < i; ++j) row[j] *= decay[i];
+        row[i] = 1;
+        for (int j = 0; j < kChunk; ++j) {
+            l[j] = static_cast<T>(row[j]);
+            m[j] = l[j] * beta[j];
+        }
+    }
+}
+
+template <typename T>
+MESA_TARGET void add_products(int64_t n, const T* a, const T* b, T* sum) {
+    for (int64_t j = 0; j < n; ++j) sum[j] += a[j] * b[j];
+}
+
+template <typename T>
 MESA_TARGET void weigh_scores(int64_t n, const T* decay, const T* mask, T* keys, T* residuals, double* inside) {
     for (int64_t j = 0; j < n; ++j) {
         inside[j] += static_cast<double>(keys[j]) * residuals[j] * mask[j];
@@ -187,8 +242,8 @@ MESA_TARGET void weigh_scores(int64_t n, const T* decay, const T* mask, T* keys,
 }
 
 template <typename T>
-constexpr Kernels<T> table{multiply<T>, cg_start<T>, cg_step<T>, dot<T>,
-                           wide_dot<T>, largest<T>,  scale<T>,   weigh_scores<T>};
+constexpr Kernels<T> table{multiply<T>, cg_start<T>, cg_step<T>, dot<T>,          wide_dot<T>,
+                           largest<T>,  scale<T>,    decays<T>,  weigh_scores<T>, add_products<T>};
 
 }  // namespace MESA_ISA
 }  // namespace mesa

@@ -7,6 +7,16 @@
 
 namespace mesa::cpu {
 
+// scores = (A keys') o M for the given rows, A `width` wide.
+template <typename T>
+void score(const Block<T>& block, View<T> a, int64_t width, View<T> keys_t, View<T> scores, const int* rows,
+           int count) {
+    Product<T> product{{a.data, a.ld, 1, keys_t.data, keys_t.ld, width}, scores.data, scores.ld, kChunk};
+    product.lower = true;
+    product.mask = block.mask.data;
+    kernels<T>().multiply(product, rows, count);
+}
+
 // out = e^{gc} (A S) + ((A keys') o M) values for the given rows, A `width` and the values `n` wide. This is the
 // operator of the conjugate gradient (keys, S, values = k, H, k), the read-out (k, G, v) and dx (v, G', k).
 // Without a block (a decode step) it is A S.
@@ -14,20 +24,13 @@ template <typename T>
 void attend(const Block<T>* block, View<T> a, int64_t width, View<T> keys_t, View<T> state, View<T> values, int64_t n,
             View<T> out, View<T> scores, const int* rows, int count) {
     const auto& kernel = kernels<T>();
-    Product<T> from_state{a.data, a.ld, 1, state.data, state.ld, out.data, out.ld, padded<T>(n), width};
+    Product<T> product{{a.data, a.ld, 1, state.data, state.ld, width}, out.data, out.ld, padded<T>(n)};
     if (block) {
-        Product<T> to_scores{a.data, a.ld, 1, keys_t.data, keys_t.ld, scores.data, scores.ld, kChunk, width};
-        to_scores.part = Part::c_lower;
-        to_scores.mask = block->mask.data;
-        kernel.multiply(to_scores, rows, count);
-        Product<T> from_chunk{scores.data, scores.ld, 1, values.data, values.ld, out.data, out.ld, padded<T>(n),
-                              block->count};
-        from_chunk.part = Part::a_lower;
-        kernel.multiply(from_chunk, rows, count);
-        from_state.row_scale = block->gates.in;
-        from_state.add = out.data;
+        score(*block, a, width, keys_t, scores, rows, count);
+        product.row_scale = block->gates.in;
+        product.second = {scores.data, scores.ld, 1, values.data, values.ld, block->count, Part::lower};
     }
-    kernel.multiply(from_state, rows, count);
+    kernel.multiply(product, rows, count);
 }
 
 struct Stop {
@@ -175,16 +178,17 @@ struct HardRows {
         correct(&block, H, lamb, inverse_lamb, count, stop, solver);
     }
 
-    // to(i) = x' [G | H] y for the hard rows among the first `count`, once they are corrected.
+    // to(i) = weight_i x' (G do - H w) for the hard rows among the first `count`, once they are corrected.
     template <typename To>
-    void products(View<T> x, View<T> y, int count, const To& to) {
+    void products(View<T> x, View<T> grad_o, View<T> adjoint, int count, const T* weight, const To& to) {
         Wide& w = *wide;
         convert<T, double>(x, count, K, w.x);
         attend<double>(nullptr, w.x, K, {}, w.G, {}, V, w.y, w.scores, rows.data(), rows.size());
         attend<double>(nullptr, w.x, K, {}, w.H, {}, K, w.ax, w.scores, rows.data(), rows.size());
         for (const int i : rows) {
-            const double from_G = std::inner_product(w.y.row(i), w.y.row(i) + V, y.row(i), 0.0);
-            *to(i) = std::inner_product(w.ax.row(i), w.ax.row(i) + K, y.row(i) + padded<T>(V), from_G);
+            const double from_G = std::inner_product(w.y.row(i), w.y.row(i) + V, grad_o.row(i), 0.0);
+            const double from_H = std::inner_product(w.ax.row(i), w.ax.row(i) + K, adjoint.row(i), 0.0);
+            *to(i) = weight[i] * (from_G - from_H);
         }
     }
 
