@@ -159,10 +159,11 @@ Adjoint<T> solve_adjoint(const ProblemSize& p, const Inputs<T>& in, const Heads<
                     };
                     grad_o.load(chunk.token, chunk.count, out, do_rows);
                     multiply_state(do_rows, p.V, gt, from_g);
-                    score<T>(block, do_rows, p.V, block.vt(), solver.scores, rows.data(), chunk.count);
+                    score<T>(&block, do_rows, p.V, block.vt(), solver.scores, rows.data(), chunk.count);
                     Product<T> dx{{solver.scores.data, solver.scores.ld, 1, block.k().data, block.k().ld, chunk.count,
                                    Part::lower}, solver.b.data, solver.b.ld, k_width};
                     dx.add = from_g.data;
+                    dx.ldadd = from_g.ld;
                     kernel.multiply(dx, rows.data(), chunk.count);
                     solver.run(&block, H, lamb, inverse_lamb, chunk.count, stop);
                     const bool any_hard = hard.find(solver, chunk.count, stop);
@@ -242,6 +243,7 @@ struct AttentionGradient {
     void add_transposed(View<T> a, View<T> b, View<T> c, int64_t n) {
         Product<T> product{{a.data, 1, a.ld, b.data, b.ld, block.count, Part::upper}, c.data, c.ld, n};
         product.add = c.data;
+        product.ldadd = c.ld;
         kernel.multiply(product, rows.data(), block.count);
     }
 

@@ -52,7 +52,7 @@ MESA_TARGET void multiply_tile(const Product<T>& m, const int* rows, int64_t col
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) __builtin_prefetch(m.add + rows[r] * m.ldc + column + v * W);
+            for (int v = 0; v < NV; ++v) __builtin_prefetch(m.add + rows[r] * m.ldadd + column + v * W);
     }
     add_term<T, R, NV>(m.term, rows, column, sum);
     if (m.row_scale) {
@@ -72,7 +72,8 @@ MESA_TARGET void multiply_tile(const Product<T>& m, const int* rows, int64_t col
                 const V mask = *reinterpret_cast<const V*>(m.mask + at + v * W);
                 value = mask != 0 ? value * mask : V{};
             }
-            if (m.add) value += m.add_scale * *reinterpret_cast<const V*>(m.add + at + v * W);
+            if (m.add)
+                value += m.add_scale * *reinterpret_cast<const V*>(m.add + rows[r] * m.ldadd + column + v * W);
             *reinterpret_cast<V*>(m.c + at + v * W) = value;
         }
     }

@@ -62,16 +62,6 @@ struct States {
     }
 };
 
-// after = total before + sum_t weighted_t values_t' over `count` tokens, [K, width]; both states may be the same.
-template <typename T>
-void advance_state(View<T> weighted, View<T> values, int count, T total, View<T> before, View<T> after, int64_t width,
-                   const std::vector<int>& state_rows) {
-    Product<T> product{{weighted.data, 1, weighted.ld, values.data, values.ld, count}, after.data, after.ld, width};
-    product.add = before.data;
-    product.add_scale = total;
-    kernels<T>().multiply(product, state_rows.data(), state_rows.size());
-}
-
 // The state after a chunk from the one before it.
 template <typename T>
 struct Advance {

@@ -48,7 +48,8 @@ struct Product {
     const T* row_scale = nullptr;
     Term<T> second = {};      // A2 B2
     const T* mask = nullptr;  // laid out as C; where it is 0 the result is, whatever A B
-    const T* add = nullptr;   // laid out as C, may be C itself
+    const T* add = nullptr;   // may be C itself
+    int64_t ldadd = 0;
     T add_scale = 1;
 };
 
