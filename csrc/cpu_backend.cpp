@@ -139,7 +139,7 @@ Adjoint<T> solve_adjoint(const ProblemSize& p, const Inputs<T>& in, const Heads<
 
     const int64_t k_width = padded<T>(p.K);
     for_segments_and_heads(p, in, [&] {
-        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K), do_rows = Matrix<T>(kChunk, p.V),
+        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K), 
                 x = Matrix<T>(kChunk, p.K), from_g = Matrix<T>(kChunk, p.K), from_h = Matrix<T>(kChunk, p.K),
                 gt = Matrix<T>(p.V, p.K), rows = row_numbers(kChunk), hard = HardRows<T>(p.K, p.V),
                 advance = Advance<T>(p)](int64_t segment, int64_t head) mutable {
@@ -157,7 +157,7 @@ Adjoint<T> solve_adjoint(const ProblemSize& p, const Inputs<T>& in, const Heads<
                         product.row_scale = block.gates.in;
                         kernel.multiply(product, rows.data(), chunk.count);
                     };
-                    grad_o.load(chunk.token, chunk.count, out, do_rows);
+                    const View<T> do_rows = grad_o.rows(chunk.token, out);
                     multiply_state(do_rows, p.V, gt, from_g);
                     score<T>(&block, do_rows, p.V, block.vt(), solver.scores, rows.data(), chunk.count);
                     Product<T> dx{{solver.scores.data, solver.scores.ld, 1, block.k().data, block.k().ld, chunk.count,
@@ -209,8 +209,11 @@ struct AttentionGradient {
     Block<T> block{p.K, p.V};
     Matrix<T> x{kChunk, p.K}, y{kChunk, u_width}, weighted{kChunk, p.K};
     Matrix<T> keys{kChunk, kChunk}, residuals{kChunk, kChunk};    // scores x_i.k_j and y_i.u_j
-    Matrix<T> from_adjoint_t{k_width, kChunk};          // D u_j, transposed
-    Matrix<T> moved{kChunk, p.K}, du{kChunk, u_width};  // D_j u_j and D_j' k_j, with the adjoint D_j at token j
+    Matrix<T> from_values_t{k_width, kChunk};  // D_G v_j, transposed
+    Matrix<T> E{p.K, p.K};                     // D_H + D_H': k is key and value of H, both of whose gradients are dk
+    // With the adjoint at token j: `moved` is what passes to k_j as a key but for E k_j, which is in `du` beside D_G' k_j.
+    Matrix<T> moved{kChunk, p.K}, du{kChunk, u_width};
+    T keys_half[kChunk];  // k_j' D_H k_j
     std::vector<int> rows = row_numbers(kChunk), state_rows = row_numbers(p.K);
 
     // What the decays carry, each term once: from token j to token i, from the state before the chunk to token i, from
@@ -249,15 +252,20 @@ struct AttentionGradient {
 
     void start_from_adjoint(View<T> S, View<T> D) {
         const Gates<T>& gates = block.gates;
-        const Product<T> product{{D.data, D.ld, 1, block.ut.data, block.ut.ld, u_width}, from_adjoint_t.data,
-                                 from_adjoint_t.ld, kChunk};
+        const View<T> D_H = D.columns_from(k_column), du_k = du.columns_from(k_column);
+        const Product<T> product{{D.data, D.ld, 1, block.vt().data, block.ut.ld, p.V}, from_values_t.data,
+                                 from_values_t.ld, kChunk};
         kernel.multiply(product, state_rows.data(), p.K);
-        transpose<T>(from_adjoint_t, k_width, block.count, moved);  // with the padding: moved may hold NaN there
-        multiply(block.k(), D, du, u_width, p.K, false, gates.out);
+        transpose<T>(from_values_t, k_width, block.count, moved);  // with the padding: moved may hold NaN there
+        transpose<T>(D_H, p.K, p.K, E);
+        for (int64_t i = 0; i < p.K; ++i) kernel.scaled_sum(p.K, T(1), D_H.row(i), E.row(i), E.row(i));
+        multiply(block.k(), D, du, k_column, p.K, false, gates.out);
+        multiply(block.k(), E, du_k, k_width, p.K, false, gates.out);
         for (int j = 0; j < block.count; ++j) {
-            const T dot = kernel.dot(k_width, block.k().row(j), moved.row(j));
-            after[j] = static_cast<double>(gates.out[j]) * gates.beta[j] * dot;
+            const T* const key = block.k().row(j);
             kernel.scale(k_width, gates.out[j], moved.row(j), moved.row(j));
+            keys_half[j] = kernel.dot(k_width, key, du_k.row(j)) / 2;
+            after[j] = static_cast<double>(gates.beta[j]) * (kernel.dot(k_width, key, moved.row(j)) + keys_half[j]);
             before[j] = 0;
             std::fill_n(inside[j], kChunk, 0.0);
         }
@@ -294,10 +302,10 @@ struct AttentionGradient {
     void store(Chunk chunk, int64_t head) {
         for (int j = 0; j < chunk.count; ++j) {
             const T beta = block.gates.beta[j];
-            T *const dv_row = dv.at(chunk.token + j, head), *const dk_row = dk.at(chunk.token + j, head);
-            for (int64_t c = 0; c < p.V; ++c) dv_row[c] = beta * du.row(j)[c];
-            for (int64_t c = 0; c < p.K; ++c) dk_row[c] = beta * (moved.row(j)[c] + du.row(j)[k_column + c]);
-            dbeta.at(chunk.token + j, 0)[head] = kernel.dot(k_width, block.k().row(j), moved.row(j));
+            kernel.scale(p.V, beta, du.row(j), dv.at(chunk.token + j, head));
+            kernel.scaled_sum(p.K, beta, moved.row(j), du.row(j) + k_column, dk.at(chunk.token + j, head));
+            dbeta.at(chunk.token + j, 0)[head] =
+                kernel.dot(k_width, block.k().row(j), moved.row(j)) + keys_half[j];
         }
 
         // dg_t is all that passes through the decay of token t: j < t <= i. Only terms that belong are ever added;

@@ -54,25 +54,7 @@ struct Matrix : View<T> {
 
 template <typename T>
 void transpose(View<T> from, int64_t rows, int64_t columns, View<T> to) {
-    const auto tile = [&](int64_t i0, int64_t j0, int64_t height, int64_t width) {
-        for (int64_t j = j0; j < j0 + width; ++j)
-            for (int64_t i = i0; i < i0 + height; ++i) to.row(j)[i] = from.row(i)[j];
-    };
-    constexpr int64_t kBlock = 16, kTile = 4;  // a block stays in the cache, a tile is transposed in registers
-    for (int64_t i0 = 0; i0 < rows; i0 += kBlock)
-        for (int64_t j0 = 0; j0 < columns; j0 += kBlock)
-            for (int64_t j = j0; j < std::min(columns, j0 + kBlock); j += kTile)
-                for (int64_t i = i0; i < std::min(rows, i0 + kBlock); i += kTile) {
-                    if (i + kTile > rows || j + kTile > columns) {
-                        tile(i, j, std::min(kTile, rows - i), std::min(kTile, columns - j));
-                        continue;
-                    }
-                    for (int64_t b = 0; b < kTile; ++b) {
-                        const T column[kTile] = {from.row(i)[j + b], from.row(i + 1)[j + b], from.row(i + 2)[j + b],
-                                                 from.row(i + 3)[j + b]};
-                        std::copy_n(column, kTile, to.row(j + b) + i);
-                    }
-                }
+    kernels<T>().transpose(from.data, from.ld, rows, columns, to.data, to.ld);
 }
 
 // The same numbers in another type.
@@ -92,6 +74,9 @@ struct Heads {
     explicit Heads(const Tensor& t) : data(t.data_ptr<T>()), heads(t.size(-2)), width(t.size(-1)) {}
 
     T* at(int64_t token, int64_t head) const { return data + (token * heads + head) * width; }
+
+    // The rows of one head from a token on, where they are: not on lines, without padding.
+    View<T> rows(int64_t token, int64_t head) const { return {at(token, head), heads * width}; }
 
     // The head that a state head reads, the n-th where it reads several.
     int64_t of_state(const ProblemSize& p, int64_t state_head, int64_t n = 0) const {

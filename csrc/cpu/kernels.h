@@ -195,9 +195,14 @@ MESA_TARGET T largest(int64_t n, const T* a) {
         result = v > result ? v : result;
         result = -v > result ? -v : result;
     }
-    T most = 0;
-    for (int i = 0; i < VectorOf<T>::width; ++i) most = result[i] > most ? result[i] : most;
-    return most;
+    T most[VectorOf<T>::width];
+#pragma GCC unroll 16
+    for (int i = 0; i < VectorOf<T>::width; ++i) most[i] = result[i];
+#pragma GCC unroll 4
+    for (int half = VectorOf<T>::width / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) most[i] = most[i] > most[i + half] ? most[i] : most[i + half];
+    return most[0];
 }
 
 template <typename T>
@@ -213,6 +218,54 @@ MESA_TARGET T cg_start(int64_t n, T scale, const T* inverse_lamb, T* p, T* x, T*
 template <typename T>
 MESA_TARGET void scale(int64_t n, T factor, const T* from, T* to) {
     for (int64_t i = 0; i < n; ++i) to[i] = factor * from[i];
+}
+
+// Exchanges the upper right and lower left quarters of all squares of 2 S by 2 S in a square of registers, two of whose
+// rows are given.
+template <int S, typename V, int... lane>
+MESA_TARGET __attribute__((always_inline)) inline void swap_quarters(V& upper, V& lower,
+                                                                     std::integer_sequence<int, lane...>) {
+    constexpr int W = sizeof...(lane);
+    const V before = upper;
+#ifdef __clang__
+    upper = __builtin_shufflevector(before, lower, (lane & S ? W + lane - S : lane)...);
+    lower = __builtin_shufflevector(before, lower, (lane & S ? W + lane : lane + S)...);
+#else
+    typedef decltype(before < before) Lanes;
+    upper = __builtin_shuffle(before, lower, Lanes{(lane & S ? W + lane - S : lane)...});
+    lower = __builtin_shuffle(before, lower, Lanes{(lane & S ? W + lane : lane + S)...});
+#endif
+}
+
+template <typename T, int S>
+MESA_TARGET __attribute__((always_inline)) inline void swap_all_quarters(typename VectorOf<T>::type* square) {
+    constexpr int W = VectorOf<T>::width;
+    if constexpr (S < W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i)
+            if (!(i & S)) swap_quarters<S>(square[i], square[i + S], std::make_integer_sequence<int, W>());
+        swap_all_quarters<T, 2 * S>(square);
+    }
+}
+
+template <typename T>
+MESA_TARGET void transpose(const T* from, int64_t ldfrom, int64_t rows, int64_t columns, T* to, int64_t ldto) {
+    using V = typename VectorOf<T>::type;
+    constexpr int W = VectorOf<T>::width;
+    for (int64_t i = 0; i < rows; i += W)
+        for (int64_t j = 0; j < columns; j += W) {
+            if (i + W > rows || j + W > columns) {
+                for (int64_t b = j; b < columns && b < j + W; ++b)
+                    for (int64_t a = i; a < rows && a < i + W; ++a) to[b * ldto + a] = from[a * ldfrom + b];
+                continue;
+            }
+            V square[W];
+#pragma GCC unroll 16
+            for (int a = 0; a < W; ++a) square[a] = *reinterpret_cast<const V*>(from + (i + a) * ldfrom + j);
+            swap_all_quarters<T, 1>(square);
+#pragma GCC unroll 16
+            for (int b = 0; b < W; ++b) *reinterpret_cast<V*>(to + (j + b) * ldto + i) = square[b];
+        }
 }
 
 template <typename T>
@@ -243,8 +296,13 @@ MESA_TARGET void weigh_scores(int64_t n, const T* decay, const T* mask, T* keys,
 }
 
 template <typename T>
-constexpr Kernels<T> table{multiply<T>, cg_start<T>, cg_step<T>, dot<T>,          wide_dot<T>,
-                           largest<T>,  scale<T>,    decays<T>,  weigh_scores<T>, add_products<T>};
+MESA_TARGET void scaled_sum(int64_t n, T factor, const T* a, const T* b, T* to) {
+    for (int64_t j = 0; j < n; ++j) to[j] = factor * (a[j] + b[j]);
+}
+
+template <typename T>
+constexpr Kernels<T> table{multiply<T>, cg_start<T>,  cg_step<T>, dot<T>,          wide_dot<T>,    largest<T>,
+                           scale<T>,    transpose<T>, decays<T>,  weigh_scores<T>, add_products<T>, scaled_sum<T>};
 
 }  // namespace MESA_ISA
 }  // namespace mesa

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "../cg.h"
 
@@ -70,11 +71,15 @@ struct Kernels {
     T (*largest)(int64_t n, const T* a);
     // to = factor * from, anywhere and of any width; both may be the same.
     void (*scale)(int64_t n, T factor, const T* from, T* to);
+    // to[j,i] = from[i,j], rows of both on lines.
+    void (*transpose)(const T* from, int64_t ldfrom, int64_t rows, int64_t columns, T* to, int64_t ldto);
     // L[i,j] = product of decay over j < t <= i, 0 above the diagonal, and M[i,j] = L[i,j] beta_j, [kChunk, kChunk].
     void (*decays)(const double* decay, const T* beta, int64_t ld, T* l, T* m);
     // inside += keys * residuals * mask in float64, then keys and residuals *= decay.
     void (*weigh_scores)(int64_t n, const T* decay, const T* mask, T* keys, T* residuals, double* inside);
     void (*add_products)(int64_t n, const T* a, const T* b, T* sum);  // sum += a b
+    // to = factor * (a + b), anywhere and of any width; `to` may be a or b.
+    void (*scaled_sum)(int64_t n, T factor, const T* a, const T* b, T* to);
 };
 
 }  // namespace mesa
