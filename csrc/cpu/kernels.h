@@ -27,6 +27,7 @@ MESA_TARGET __attribute__((always_inline)) inline void add_term(const Term<T>& t
     for (int r = 0; r < R; ++r) a[r] = term.a + rows[r] * term.a_row;
     const T* b = term.b + k0 * term.ldb + column;
     int64_t offset = k0 * term.a_col;
+#pragma GCC unroll 4
     for (int64_t p = k0; p < k1; ++p, b += term.ldb, offset += term.a_col) {
         V bv[NV];
 #pragma GCC unroll 8
@@ -62,21 +63,29 @@ MESA_TARGET void multiply_tile(const Product<T>& m, const int* rows, int64_t col
             for (int v = 0; v < NV; ++v) sum[r][v] *= m.row_scale[rows[r]];
     }
     if (m.second.a) add_term<T, R, NV>(m.second, rows, column, sum);
+    if (m.mask) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        const int64_t at = rows[r] * m.ldc + column;
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-            V value = sum[r][v];
-            if (m.mask) {  // a select, so that nothing of a later token passes, not even NaN
-                const V mask = *reinterpret_cast<const V*>(m.mask + at + v * W);
-                value = mask != 0 ? value * mask : V{};
+            for (int v = 0; v < NV; ++v) {  // a select, so that nothing of a later token passes, not even NaN
+                const V mask = *reinterpret_cast<const V*>(m.mask + rows[r] * m.ldc + column + v * W);
+                sum[r][v] = mask != 0 ? sum[r][v] * mask : V{};
             }
-            if (m.add)
-                value += m.add_scale * *reinterpret_cast<const V*>(m.add + rows[r] * m.ldadd + column + v * W);
-            *reinterpret_cast<V*>(m.c + at + v * W) = value;
-        }
     }
+    if (m.add) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v)
+                sum[r][v] += m.add_scale * *reinterpret_cast<const V*>(m.add + rows[r] * m.ldadd + column + v * W);
+    }
+    T* c[R];  // all before the first store, after which nothing is known to be as it was
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) c[r] = m.c + rows[r] * m.ldc + column;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) *reinterpret_cast<V*>(c[r] + v * W) = sum[r][v];
 }
 
 // Rows in tiles of R, for a stripe of NV registers that stays in the first-level cache.
@@ -168,14 +177,15 @@ MESA_TARGET void cg_step(int64_t n, const T* lamb, const T* inverse_lamb, T* p, 
     for (int64_t i = 0; i < n; i += W) {
         const V pv = *reinterpret_cast<const V*>(p + i);
         const V v = *reinterpret_cast<const V*>(ap + i) + pv * *reinterpret_cast<const V*>(lamb + i);
-        *reinterpret_cast<V*>(ap + i) = v;
         sum += pv * v;
     }
     const T alpha = row.alpha(sum_lanes<T>(reinterpret_cast<const T*>(&sum)));
     sum = V{};
     for (int64_t i = 0; i < n; i += W) {
-        *reinterpret_cast<V*>(x + i) += alpha * *reinterpret_cast<const V*>(p + i);
-        const V rv = *reinterpret_cast<const V*>(r + i) - alpha * *reinterpret_cast<const V*>(ap + i);
+        const V pv = *reinterpret_cast<const V*>(p + i);
+        const V v = *reinterpret_cast<const V*>(ap + i) + pv * *reinterpret_cast<const V*>(lamb + i);
+        *reinterpret_cast<V*>(x + i) += alpha * pv;
+        const V rv = *reinterpret_cast<const V*>(r + i) - alpha * v;
         *reinterpret_cast<V*>(r + i) = rv;
         sum += rv * (rv * *reinterpret_cast<const V*>(inverse_lamb + i));
     }
