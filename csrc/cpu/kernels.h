@@ -169,8 +169,8 @@ MESA_TARGET double wide_dot(int64_t n, const T* a, const T* b) {
 }
 
 template <typename T>
-MESA_TARGET void cg_step(int64_t n, const T* lamb, const T* inverse_lamb, T* p, T* ap, T* x, T* r, CgRow<T>& row,
-                         T tol2) {
+MESA_TARGET void cg_step(int64_t n, const T* lamb, const T* inverse_lamb, T* p, const T* ap, T* x, T* r,
+                         CgRow<T>& row, T tol2) {
     using V = typename VectorOf<T>::type;
     constexpr int W = VectorOf<T>::width;
     V sum = V{};

@@ -82,8 +82,8 @@ struct Solver {
 
     Solver(int64_t capacity, int64_t width)
         : K(width), b(capacity, K), x(capacity, K), p(capacity, K), ap(capacity, K), scores(kChunk, kChunk),
-          rows(capacity), curvature(capacity), tokens(K <= kWidestInParts ? kPart : kChunk),
-          weighted(kChunk, K), state(capacity > tokens ? K : 1, K), state_rows(row_numbers(K)) {}
+          rows(capacity), curvature(capacity), tokens(K <= kWidestInParts ? kPart : kChunk), weighted(capacity, K),
+          state(capacity > tokens ? K : 1, K), state_rows(row_numbers(K)) {}
 
     // (H_i + Lambda) x_i = b_i for i < count, with H_i = e^{gc_i} H + the tokens of the block up to i.
     void run(const Block<T>* block, View<T> H, const T* lamb, const T* inverse_lamb, int count, Stop stop) {
@@ -111,9 +111,9 @@ struct Solver {
     }
 
    private:
-    // In every step each token meets all tokens of its part before it, at the same cost as a state of that many
-    // columns. So a chunk is solved in parts, from a state of its own each, unless that state is a large one.
-    static constexpr int kPart = 32, kWidestInParts = 256;
+    // In every step a token meets all tokens before it in its part, while a state is made once. So a chunk is solved in
+    // parts, each from a state of its own, unless states are wide.
+    static constexpr int kPart = 32, kWidestInParts = 128;
 
     int tokens;  // of a part
     Matrix<T> weighted, state;
@@ -144,8 +144,8 @@ struct Solver {
                                rows[row], tol2);
                 curvature[row] = std::max(curvature[row], T(1) / rows[row].step);
             }
-            active.erase(std::remove_if(active.begin(), active.end(), [&](int i) { return !rows[first + i].active(); }),
-                         active.end());
+            const auto ended = [&](int i) { return !rows[first + i].active(); };
+            active.erase(std::remove_if(active.begin(), active.end(), ended), active.end());
         }
     }
 

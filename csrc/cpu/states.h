@@ -102,6 +102,24 @@ struct Scan {
     ScanPart<T> parts[2];
     bool backwards;
 
+    // Calls body(segment number, chunk number, head) in the order of the chunks. The state that a segment starts from
+    // is at place(segment number, head), and where one is wanted at the end it is taken from there. make_body makes a
+    // body for each thread.
+    template <typename Place, typename MakeBody>
+    void run(const Place& place, const MakeBody& make_body) const {
+        start_segments(place);
+        for_each_task(segments.list.size() * p.HS, [&] {
+            return [&, body = make_body()](int64_t task) mutable {
+                const int64_t number = task / p.HS, head = task % p.HS;
+                const Segment& segment = segments.list[number];
+                for (int64_t i = 0; i < segment.end - segment.begin; ++i)
+                    body(number, backwards ? segment.end - 1 - i : segment.begin + i, head);
+                finish(segment, head, place(number, head));
+            };
+        });
+    }
+
+   private:
     int64_t width(int part) const { return part ? p.K : p.V; }
     View<T> view(View<T> state, int part) const { return state.columns_from(part ? padded<T>(p.V) : 0); }
 
@@ -133,7 +151,7 @@ struct Scan {
         }
     }
 
-    // Writes the state that every segment starts from to place(segment number, head).
+    // Writes the state that every segment starts from to its place.
     template <typename Place>
     void start_segments(const Place& place) const {
         for_each_task(p.N * p.HS * 2, [&] {
@@ -162,7 +180,6 @@ struct Scan {
         });
     }
 
-   private:
     void add_chunk(Chunk chunk, int64_t head, int part, const Gates<T>& gates, View<T> before, View<T> after,
                    View<T> weighted, View<T> values, const std::vector<int>& rows) const {
         const auto& kernel = kernels<T>();

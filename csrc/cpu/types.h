@@ -64,7 +64,8 @@ struct Kernels {
     // Scales the right-hand side r of a row; x = 0, p = r / Lambda. Returns r.p.
     T (*cg_start)(int64_t n, T scale, const T* inverse_lamb, T* p, T* x, T* r);
     // One step of the conjugate gradient for one row, given ap = (A - Lambda) p.
-    void (*cg_step)(int64_t n, const T* lamb, const T* inverse_lamb, T* p, T* ap, T* x, T* r, CgRow<T>& row, T tol2);
+    void (*cg_step)(int64_t n, const T* lamb, const T* inverse_lamb, T* p, const T* ap, T* x, T* r, CgRow<T>& row,
+                    T tol2);
     T (*dot)(int64_t n, const T* a, const T* b);
     double (*wide_dot)(int64_t n, const T* a, const T* b);  // summed in float64
     // Of the magnitudes; NaN counts as nothing.
