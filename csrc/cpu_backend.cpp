@@ -1,78 +1,19 @@
 // The operators on CPU, in float32 or float64 (16-bit inputs are computed in float32, results rounded at the end).
 //
 // Per sequence and head the state S = [G | H] is a linear-attention state with keys k and values u = [v | k], and its
-// adjoint is one with keys x and values y = [do | -w]. The passes over all tokens are therefore few: the states before
-// each chunk of 64 tokens (scan_states, also backwards for the adjoint), the solve, the read-out and the gradients,
-// which run on all chunks and heads in parallel.
+// adjoint is one with keys x and values y = [do | -w]. The passes over all tokens are therefore few, each with a state
+// at hand that goes from chunk to chunk: solve and read-out (forward.h); for the gradients dx and the solve
+// (adjoint.h), then, with the adjoint and from the end, the rest (gradient.h).
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "cpu/solve.h"
+#include "cpu/adjoint.h"
+#include "cpu/forward.h"
+#include "cpu/gradient.h"
 
 namespace mesa::cpu {
 namespace {
-
-// Everything below computes in T on contiguous arrays: copies are made only of what is not that already.
-template <typename T>
-Tensor prepare(const Tensor& t) {
-    return t.to(c10::CppTypeToScalarType<T>::value).contiguous();
-}
-
-template <typename T>
-optional<Tensor> prepare(const optional<Tensor>& t) {
-    return t ? optional<Tensor>(prepare<T>(*t)) : std::nullopt;
-}
-
-template <typename T>
-const T* data_or_null(const optional<Tensor>& t) {
-    return t ? t->const_data_ptr<T>() : nullptr;
-}
-
-// The inputs of a call, as the passes read them.
-template <typename T>
-struct Inputs {
-    Tensor k_, v_, g_, beta_;
-    optional<Tensor> h_kk, h_kv;
-    Heads<T> k, v, g, beta;
-    Regulariser<T> lamb;
-    Layout layout;
-
-    Inputs(const ProblemSize& p, const Tensor& k_in, const Tensor& v_in, const Tensor& g_in, const Tensor& beta_in,
-           const Tensor& lamb_in, const optional<Tensor>& h_kk_in, const optional<Tensor>& h_kv_in,
-           const optional<Tensor>& cu_seqlens)
-        : k_(prepare<T>(k_in)), v_(prepare<T>(v_in)), g_(prepare<T>(g_in)), beta_(prepare<T>(beta_in)),
-          h_kk(prepare<T>(h_kk_in)), h_kv(prepare<T>(h_kv_in)), k(k_), v(v_), g(g_.unsqueeze(-2)),
-          beta(beta_.unsqueeze(-2)), lamb(prepare<T>(lamb_in)), layout(p, cu_seqlens) {}
-
-    // State [G | H] before every chunk, for [chunk, state head, K] rows.
-    Tensor allocate_states(const ProblemSize& p) const {
-        return at::empty({static_cast<int64_t>(layout.chunks.size()) * p.HS * p.K, ld(p)}, g_.options());
-    }
-    static int64_t ld(const ProblemSize& p) { return pitch<T>(padded<T>(p.V) + p.K); }
-
-    View<T> scan(const ProblemSize& p, const Tensor& states, T* final_kk, T* final_kv) const {
-        const View<T> view{states.data_ptr<T>(), ld(p)};
-        // x' H' = (H x)': only the transpose gives the gradient of an H that is perturbed without staying symmetric.
-        const ScanPart<T> parts[2] = {{v, T(1), data_or_null<T>(h_kv), final_kv, false},
-                                      {k, T(1), data_or_null<T>(h_kk), final_kk, true}};
-        scan_states(p, layout, g, beta, k, parts, false, view);
-        return view;
-    }
-
-    void load(const ProblemSize& p, Block<T>& block, Chunk chunk, int64_t head, bool transpose_v) const {
-        block.load(k, k.of_state(p, head), v, g, beta, chunk, head, transpose_v);
-    }
-};
-
-// Calls body(chunk number, state head) for all of them in parallel; make_body makes a body for each thread's share.
-template <typename MakeBody>
-void for_chunks_and_heads(const ProblemSize& p, const Layout& layout, const MakeBody& make_body) {
-    at::parallel_for(0, layout.chunks.size() * p.HS, 1, [&](int64_t begin, int64_t end) {
-        auto body = make_body();
-        for (int64_t task = begin; task < end; ++task) body(task / p.HS, task % p.HS);
-    });
-}
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -85,197 +26,29 @@ ForwardResult forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q
     const Tensor steps = at::empty({p.B, p.T, p.HO}, options.dtype(at::kInt));
     const Tensor bound = at::empty({p.B, p.T, p.HO}, options);
     const Tensor h_kk = at::empty({p.N, p.HS, p.K, p.K}, options), h_kv = at::empty({p.N, p.HS, p.K, p.V}, options);
-    const Tensor states = in.allocate_states(p);
-    const View<T> s = in.scan(p, states, h_kk.data_ptr<T>(), h_kv.data_ptr<T>());
-
-    const Heads<T> q_heads(q), o_heads(o), x_heads(x);
-    for_chunks_and_heads(p, in.layout, [&] {
-        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K),
-                read = ReadOut<T>(kChunk, p.K, p.V)](int64_t number, int64_t head) mutable {
-            const Chunk chunk = in.layout.chunks[number];
-            const View<T> G = s.rows_from((number * p.HS + head) * p.K), H = G.columns_from(block.k_column);
-            const T *const lamb = in.lamb.lamb.row(head), *const inverse_lamb = in.lamb.inverse.row(head);
-            in.load(p, block, chunk, head, false);
-            for (int64_t out = head * p.outputs_per_state(); out < (head + 1) * p.outputs_per_state(); ++out) {
-                const int64_t query = out / p.outputs_per_query();
-                q_heads.load(chunk.token, chunk.count, query, solver.b);
-                solver.run(&block, H, lamb, inverse_lamb, chunk.count, stop);
-                read.run(&block, G, H, lamb, inverse_lamb, stop, chunk.count,
-                         [&](int i) { return q_heads.at(chunk.token + i, query); }, solver);
-                x_heads.store(chunk.token, chunk.count, out, solver.x);
-                o_heads.store(chunk.token, chunk.count, out, read.o);
-                for (int i = 0; i < chunk.count; ++i) {
-                    const int64_t at = (chunk.token + i) * p.HO + out;
-                    steps.data_ptr<int>()[at] = solver.rows[i].steps();
-                    bound.data_ptr<T>()[at] = std::sqrt(solver.rows[i].bound_squared());
-                }
-            }
-        };
+    const Scan<T> scan = in.scan(p, h_kk.data_ptr<T>(), h_kv.data_ptr<T>());
+    const States<T> states(p, in.segments.list.size(), options);  // of the segments, on their way through the chunks
+    scan.run([&](int64_t segment, int64_t head) { return states.at(segment, head); }, [&] {
+        return SolveAndReadOut<T>{p, in, states, Heads<T>(q), Heads<T>(o), Heads<T>(x), steps.data_ptr<int>(),
+                                  bound.data_ptr<T>(), stop};
     });
     return {o.to(p.dtype), x, h_kk, h_kv, steps, bound};
 }
 
-// w_t = (H_t + Lambda)^{-1} G_t do_t for all tokens, [B, T, HO, K], and what the state before each chunk adds to the
-// output of its tokens, x_t' S y_t with y_t = [do_t | -w_t], before decay, [B, T, HO, 1] in float64.
-template <typename T>
-std::tuple<Tensor, Tensor> solve_adjoint(const ProblemSize& p, const Inputs<T>& in, View<T> s, const Heads<T>& x_heads,
-                                         const Heads<T>& grad_o, Stop stop) {
-    const Tensor w = at::empty({p.B, p.T, p.HO, p.K}, in.g_.options());
-    const Tensor products = at::empty({p.B, p.T, p.HO, 1}, in.g_.options().dtype(at::kDouble));
-    const Heads<T> w_heads(w);
-    const Heads<double> product_heads(products);
-    const int64_t k_column = padded<T>(p.V), u_width = k_column + padded<T>(p.K);
-    for_chunks_and_heads(p, in.layout, [&] {
-        return [&, block = Block<T>(p.K, p.V), solver = Solver<T>(kChunk, p.K), x = Matrix<T>(kChunk, p.K),
-                y = Matrix<T>(kChunk, u_width), from_state = Matrix<T>(kChunk, u_width), gt = Matrix<T>(p.V, p.K),
-                rows = row_numbers(kChunk), hard = HardRows<T>(p.K, p.V)](int64_t number, int64_t head) mutable {
-            const auto& kernel = kernels<T>();
-            const Chunk chunk = in.layout.chunks[number];
-            const View<T> G = s.rows_from((number * p.HS + head) * p.K), H = G.columns_from(k_column);
-            const T *const lamb = in.lamb.lamb.row(head), *const inverse_lamb = in.lamb.inverse.row(head);
-            in.load(p, block, chunk, head, true);
-            transpose<T>(G, p.K, p.V, gt);
-            for (int64_t out = head * p.outputs_per_state(); out < (head + 1) * p.outputs_per_state(); ++out) {
-                grad_o.load(chunk.token, chunk.count, out, y);
-                attend<T>(&block, y, p.V, block.vt(), gt, block.k(), p.K, solver.b, solver.scores, rows.data(),
-                          chunk.count);
-                solver.run(&block, H, lamb, inverse_lamb, chunk.count, stop);
-                const bool any_hard = hard.find(solver, chunk.count, stop);
-                if (any_hard) hard.correct_adjoint(block, G, H, lamb, inverse_lamb, y, chunk.count, stop, solver);
-                w_heads.store(chunk.token, chunk.count, out, solver.x);
-
-                x_heads.load(chunk.token, chunk.count, out, x);
-                for (int i = 0; i < chunk.count; ++i) kernel.scale(p.K, T(-1), solver.x.row(i), y.row(i) + k_column);
-                attend<T>(nullptr, x, p.K, {}, G, {}, u_width, from_state, {}, rows.data(), chunk.count);
-                for (int i = 0; i < chunk.count; ++i)
-                    *product_heads.at(chunk.token + i, out) = kernel.dot(u_width, from_state.row(i), y.row(i));
-                if (any_hard)
-                    hard.products(x, y, chunk.count, [&](int i) { return product_heads.at(chunk.token + i, out); });
-            }
-        };
-    });
-    return {w, products};
-}
-
-// The gradient of gated linear attention with queries x, keys k, values u = [v | k] and output gradients y = [do | -w]:
-// dk and dv per state head, dg and dbeta. S is the state before and D the adjoint of the state after a chunk.
-template <typename T>
-struct AttentionGradient {
-    const ProblemSize& p;
-    const Inputs<T>& in;
-    View<T> states, adjoints;
-    Heads<T> x_heads, grad_o, w_heads;
-    Heads<double> products;  // x_i' S y_i
-    Heads<T> dk, dv, dg, dbeta;
-
-    const Kernels<T>& kernel = kernels<T>();
-    int64_t k_width = padded<T>(p.K), k_column = padded<T>(p.V), u_width = k_column + k_width;
-    Block<T> block{p.K, p.V};
-    Matrix<T> x{kChunk, p.K}, y{kChunk, u_width};
-    Matrix<T> keys{kChunk, kChunk}, residuals{kChunk, kChunk};    // scores x_i.k_j and y_i.u_j
-    Matrix<T> from_adjoint_t{k_width, kChunk};          // D u_j, transposed
-    Matrix<T> moved{kChunk, p.K}, du{kChunk, u_width};  // D_j u_j and D_j' k_j, with the adjoint D_j at token j
-    std::vector<int> rows = row_numbers(std::max<int64_t>(kChunk, p.K));
-
-    // What the decays carry, each term once: from token j to token i, from the state before the chunk to token i, from
-    // token j to the state after the chunk, and from state to state.
-    double inside[kChunk][kChunk] = {}, before[kChunk] = {}, after[kChunk] = {}, across = 0;
-
-    void operator()(int64_t number, int64_t head) {
-        const Chunk chunk = in.layout.chunks[number];
-        const View<T> S = states.rows_from((number * p.HS + head) * p.K);
-        const View<T> D = adjoints.rows_from((number * p.HS + head) * p.K);
-        in.load(p, block, chunk, head, true);
-        start_from_adjoint(S, D);
-        for (int64_t n = 0; n < p.outputs_per_state(); ++n) add_outputs(chunk, head * p.outputs_per_state() + n);
-        store(chunk, head);
-    }
-
-    // C (+)= row_scale o (A B), or with A' and its known zeros.
-    void multiply(View<T> a, View<T> b, View<T> c, int64_t n, int64_t depth, Part part = Part::all,
-                  const T* row_scale = nullptr) {
-        Product<T> product{a.data, a.ld, 1, b.data, b.ld, c.data, c.ld, n, depth};
-        product.part = part;
-        product.row_scale = row_scale;
-        kernel.multiply(product, rows.data(), block.count);
-    }
-    void add_transposed(View<T> a, View<T> b, View<T> c, int64_t n) {
-        Product<T> product{a.data, 1, a.ld, b.data, b.ld, c.data, c.ld, n, block.count};
-        product.part = Part::a_upper;
-        product.add = c.data;
-        kernel.multiply(product, rows.data(), block.count);
-    }
-
-    void start_from_adjoint(View<T> S, View<T> D) {
-        const Gates<T>& gates = block.gates;
-        Product<T> product{D.data, D.ld, 1, block.ut.data, block.ut.ld, from_adjoint_t.data, from_adjoint_t.ld, kChunk,
-                           u_width};
-        kernel.multiply(product, rows.data(), p.K);
-        transpose<T>(from_adjoint_t, k_width, block.count, moved);  // with the padding: moved may hold NaN there
-        multiply(block.k(), D, du, u_width, p.K, Part::all, gates.out);
-        for (int j = 0; j < block.count; ++j) {
-            const T dot = kernel.dot(k_width, block.k().row(j), moved.row(j));
-            after[j] = static_cast<double>(gates.out[j]) * gates.beta[j] * dot;
-            kernel.scale(k_width, gates.out[j], moved.row(j), moved.row(j));
-            before[j] = 0;
-            std::fill_n(inside[j], kChunk, 0.0);
-        }
-        across = 0;
-        for (int64_t i = 0; i < p.K; ++i) across += kernel.wide_dot(u_width, D.row(i), S.row(i));
-        across *= gates.total;
-    }
-
-    void add_outputs(Chunk chunk, int64_t head) {
-        x_heads.load(chunk.token, chunk.count, head, x);
-        grad_o.load(chunk.token, chunk.count, head, y);
-        w_heads.load(chunk.token, chunk.count, head, y.columns_from(k_column));
-        for (int i = 0; i < chunk.count; ++i)
-            kernel.scale(k_width, T(-1), y.row(i) + k_column, y.row(i) + k_column);
-
-        multiply(x, block.kt(), keys, kChunk, p.K, Part::c_lower);
-        multiply(y, block.ut, residuals, kChunk, u_width, Part::c_lower);
-        for (int i = 0; i < chunk.count; ++i) {
-            T *const key = keys.row(i), *const residual = residuals.row(i);
-            kernel.weigh_scores(i + 1, block.decay.row(i), block.mask.row(i), key, residual, inside[i]);
-            std::fill(key + i + 1, key + kChunk, T(0));
-            std::fill(residual + i + 1, residual + kChunk, T(0));
-        }
-        add_transposed(residuals, x, moved, k_width);
-        add_transposed(keys, y, du, u_width);
-        for (int i = 0; i < chunk.count; ++i)
-            before[i] += static_cast<double>(block.gates.in[i]) * *products.at(chunk.token + i, head);
-    }
-
-    void store(Chunk chunk, int64_t head) {
-        for (int j = 0; j < chunk.count; ++j) {
-            const T beta = block.gates.beta[j];
-            T *const dv_row = dv.at(chunk.token + j, head), *const dk_row = dk.at(chunk.token + j, head);
-            for (int64_t c = 0; c < p.V; ++c) dv_row[c] = beta * du.row(j)[c];
-            for (int64_t c = 0; c < p.K; ++c) dk_row[c] = beta * (moved.row(j)[c] + du.row(j)[k_column + c]);
-            dbeta.at(chunk.token + j, 0)[head] = kernel.dot(k_width, block.k().row(j), moved.row(j));
-        }
-
-        // dg_t is all that passes through the decay of token t: j < t <= i. Only terms that belong are ever added;
-        // differences of running sums would lose small gradients beside large ones.
-        double total[kChunk], departures = 0, passing[kChunk] = {};
-        for (int t = chunk.count - 1; t >= 0; --t)
-            total[t] = before[t] + (t + 1 < chunk.count ? total[t + 1] : 0.0);
-        for (int t = 0; t < chunk.count; ++t) {
-            total[t] += departures + across;
-            departures += after[t];
-        }
-        for (int t = chunk.count - 1; t >= 0; --t) {
-            double sums[4] = {};  // four at a time: one chain of additions would be waited for
-            for (int j = 0; j < t; ++j) sums[j % 4] += passing[j] += inside[t][j];
-            const double within = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            dg.at(chunk.token + t, 0)[head] = static_cast<T>(total[t] + within);
-        }
-    }
-};
-
 // Sum over the heads that share one, [B, T, H, width] -> [B, T, heads, width].
 Tensor sum_groups(const Tensor& t, int64_t heads) {
     return t.size(2) == heads ? t : t.view({t.size(0), t.size(1), heads, t.size(2) / heads, t.size(3)}).sum(3);
+}
+
+// Over the first dimension; on any number of threads the same.
+template <typename T>
+Tensor sum_in_order(const Tensor& t) {
+    const Tensor sum = at::zeros(t.sizes().slice(1), t.options());
+    const int64_t n = sum.numel();
+    for (int64_t i = 0; i < t.size(0); ++i)
+        std::transform(sum.data_ptr<T>(), sum.data_ptr<T>() + n, t.data_ptr<T>() + i * n, sum.data_ptr<T>(),
+                       std::plus<T>());
+    return sum;
 }
 
 template <typename T>
@@ -284,26 +57,35 @@ BackwardResult backward(const ProblemSize& p, const Inputs<T>& in, const Tensor&
     const Tensor grad_o = prepare<T>(grad_o_in), x = prepare<T>(x_in);
     const auto dh_kk_final = prepare<T>(dh_kk_in), dh_kv_final = prepare<T>(dh_kv_in);
     const auto options = x.options();
-    const Tensor states = in.allocate_states(p), adjoints = in.allocate_states(p);
-    const View<T> s = in.scan(p, states, nullptr, nullptr);
-    Tensor w, products;
-    std::tie(w, products) = solve_adjoint(p, in, s, Heads<T>(x), Heads<T>(grad_o), stop);
+    const int64_t chunks = in.layout.chunks.size();
+    const Heads<T> x_heads(x), do_heads(grad_o);
+
+    const Tensor w = at::empty({p.B, p.T, p.HO, p.K}, options), xw = at::zeros({chunks, p.HO, p.K}, options);
+    const Tensor from_state = at::empty({p.B, p.T, p.HO, 1}, options.dtype(at::kDouble));
+    const Heads<T> w_heads(w);
+    const States<T> states(p, chunks, options);  // before every chunk
+    const auto first_chunk = [&](int64_t segment, int64_t head) {
+        return states.at(in.segments.list[segment].begin, head);
+    };
+    in.scan(p, nullptr, nullptr).run(first_chunk, [&] {
+        return SolveAdjoint<T>{p, in, states, x_heads, do_heads, w_heads, Heads<double>(from_state),
+                               Heads<T>(xw), stop};
+    });
 
     const Tensor dh_kk = at::empty({p.N, p.HS, p.K, p.K}, options), dh_kv = at::empty({p.N, p.HS, p.K, p.V}, options);
-    const View<T> d{adjoints.data_ptr<T>(), in.ld(p)};
-    const ScanPart<T> parts[2] = {
-        {Heads<T>(grad_o), T(1), data_or_null<T>(dh_kv_final), dh_kv.data_ptr<T>(), false},
-        {Heads<T>(w), T(-1), data_or_null<T>(dh_kk_final), dh_kk.data_ptr<T>(), true}};
-    scan_states(p, in.layout, in.g, in.beta, Heads<T>(x), parts, true, d);
-
+    const Scan<T> scan{p, in.layout, in.segments, in.g, in.beta, x_heads,
+                       {{do_heads, T(1), data_or_null<T>(dh_kv_final), dh_kv.data_ptr<T>(), false},
+                        {w_heads, T(-1), data_or_null<T>(dh_kk_final), dh_kk.data_ptr<T>(), true}},
+                       true};
     const Tensor dk = at::empty({p.B, p.T, p.HS, p.K}, options), dv = at::empty({p.B, p.T, p.HS, p.V}, options);
     const Tensor dg = at::empty({p.B, p.T, p.HS}, options), dbeta = at::empty({p.B, p.T, p.HS}, options);
-    for_chunks_and_heads(p, in.layout, [&] {
-        return AttentionGradient<T>{p, in, s, d, Heads<T>(x), Heads<T>(grad_o), Heads<T>(w), Heads<double>(products),
+    const States<T> adjoints(p, in.segments.list.size(), options);  // of the segments, on their way
+    scan.run([&](int64_t segment, int64_t head) { return adjoints.at(segment, head); }, [&] {
+        return AttentionGradient<T>{p, in, states, adjoints, x_heads, do_heads, w_heads, Heads<double>(from_state),
                                     Heads<T>(dk), Heads<T>(dv), Heads<T>(dg.unsqueeze(-2)),
                                     Heads<T>(dbeta.unsqueeze(-2))};
     });
-    const Tensor dlamb = -(w * x).sum(at::IntArrayRef{0, 1}).view({p.HS, p.outputs_per_state(), p.K}).sum(1);
+    const Tensor dlamb = -sum_in_order<T>(xw).view({p.HS, p.outputs_per_state(), p.K}).sum(1);
     return {sum_groups(w, p.HQ).to(p.dtype), sum_groups(dk, p.HK).to(p.dtype), dv.to(p.dtype), dg, dbeta, dlamb,
             dh_kk, dh_kv};
 }

@@ -45,7 +45,7 @@ def same_bar(inputs):
     return lambda name: bars.gradient if name.startswith("d") else bars.o
 
 
-@pytest.mark.parametrize("start", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("start", [1, 31, 32, 33, 63, 64, 65, 130])
 def test_causality(device, start):
     """A change at a token alters nothing before it, bit for bit: not even the number of solver steps."""
     for dtype in dtypes(device):
@@ -240,6 +240,24 @@ def test_a_sequence_does_not_see_its_batch(device):
         alone = attend(one, tuple(d[3:4] for d in gradients))
         names = [name for name in alone if name != "dlamb"]
         assert_bitwise({n: alone[n] for n in names}, {n: batch[n][3:4] for n in names})
+
+
+@pytest.mark.parametrize("lengths", [None, [70, 0, 1, 64, 400]], ids=["one sequence", "packed"])
+@pytest.mark.parametrize("heads", [1, (6, 1, 3)], ids=str)
+def test_threads_change_nothing(heads, lengths):
+    """Sequences are cut for the threads, so that the states before the cuts are summed in a pass of their own."""
+    inputs = draw("corr .5, Wk", "cpu", torch.float32, T=400, heads=heads, K=40, V=24, context=30, lengths=lengths)
+    gradients = output_gradients(inputs, state=True)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 7):
+            torch.set_num_threads(n)
+            results.append(attend(inputs, gradients) | full(inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert_bitwise(other, results[0])
 
 
 @given(

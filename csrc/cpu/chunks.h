@@ -1,4 +1,4 @@
-// Scratch matrices, the tokens of a chunk in them, and the states before every chunk.
+// Scratch matrices and the tokens of a chunk in them.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -54,25 +54,7 @@ struct Matrix : View<T> {
 
 template <typename T>
 void transpose(View<T> from, int64_t rows, int64_t columns, View<T> to) {
-    const auto tile = [&](int64_t i0, int64_t j0, int64_t height, int64_t width) {
-        for (int64_t j = j0; j < j0 + width; ++j)
-            for (int64_t i = i0; i < i0 + height; ++i) to.row(j)[i] = from.row(i)[j];
-    };
-    constexpr int64_t kBlock = 16, kTile = 4;  // a block stays in the cache, a tile is transposed in registers
-    for (int64_t i0 = 0; i0 < rows; i0 += kBlock)
-        for (int64_t j0 = 0; j0 < columns; j0 += kBlock)
-            for (int64_t j = j0; j < std::min(columns, j0 + kBlock); j += kTile)
-                for (int64_t i = i0; i < std::min(rows, i0 + kBlock); i += kTile) {
-                    if (i + kTile > rows || j + kTile > columns) {
-                        tile(i, j, std::min(kTile, rows - i), std::min(kTile, columns - j));
-                        continue;
-                    }
-                    for (int64_t b = 0; b < kTile; ++b) {
-                        const T column[kTile] = {from.row(i)[j + b], from.row(i + 1)[j + b], from.row(i + 2)[j + b],
-                                                 from.row(i + 3)[j + b]};
-                        std::copy_n(column, kTile, to.row(j + b) + i);
-                    }
-                }
+    kernels<T>().transpose(from.data, from.ld, rows, columns, to.data, to.ld);
 }
 
 // The same numbers in another type.
@@ -92,6 +74,9 @@ struct Heads {
     explicit Heads(const Tensor& t) : data(t.data_ptr<T>()), heads(t.size(-2)), width(t.size(-1)) {}
 
     T* at(int64_t token, int64_t head) const { return data + (token * heads + head) * width; }
+
+    // The rows of one head from a token on, where they are: not on lines, without padding.
+    View<T> rows(int64_t token, int64_t head) const { return {at(token, head), heads * width}; }
 
     // The head that a state head reads, the n-th where it reads several.
     int64_t of_state(const ProblemSize& p, int64_t state_head, int64_t n = 0) const {
@@ -209,92 +194,19 @@ struct Block {
         if (transpose_v) transpose(v(), kChunk, v_heads.width, vt());
         transpose(k(), kChunk, k_heads.width, kt());
         gates.load(g, beta, chunk, head);
-        double row[kChunk] = {};
-        for (int i = 0; i < kChunk; ++i) {
-            for (int j = 0; j < i; ++j) row[j] *= gates.decay[i];
-            row[i] = 1;
-            T* const l = decay.row(i);
-            T* const m = mask.row(i);
-            for (int j = 0; j < kChunk; ++j) {
-                l[j] = static_cast<T>(row[j]);
-                m[j] = l[j] * gates.beta[j];
-            }
-        }
+        kernels<T>().decays(gates.decay, gates.beta, decay.ld, decay.data, mask.data);
     }
 };
 
-// ------------------------------------------------------------------------------------------------- states by chunks
-
-// One part of a joint state, G or H.
+// after = total before + sum_t weighted_t values_t' over `count` tokens, [K, width]; both states may be the same.
 template <typename T>
-struct ScanPart {
-    Heads<T> values;
-    T sign;           // of the values
-    const T* start;   // [N, HS, K, width] where the scan starts, or null for zeros
-    T* end;           // and where it ends, or null if not wanted
-    bool transposed;  // both are stored as transposes
-};
-
-// Runs S = total S + sum_t weight_t a_t values_t' over the chunks of every sequence and keeps the state that each chunk
-// starts from in states[chunk, head]. Forwards these are the states, with weights from the token to the end of the
-// chunk, times beta; backwards they are the adjoints, with weights from the beginning of the chunk to the token.
-template <typename T>
-void scan_states(const ProblemSize& p, const Layout& layout, const Heads<T>& g, const Heads<T>& beta,
-                 const Heads<T>& a, const ScanPart<T> (&parts)[2], bool backwards, const View<T>& states) {
-    const auto& kernel = kernels<T>();
-    const int64_t heads_per_state = std::max<int64_t>(1, a.heads / p.HS);
-    at::parallel_for(0, p.N * p.HS * 2, 1, [&](int64_t begin, int64_t end) {
-        const auto rows = row_numbers(p.K);
-        Matrix<T> weighted(kChunk, p.K), values(kChunk, std::max(p.K, p.V)), last(p.K, padded<T>(p.V) + p.K);
-        Gates<T> gates;
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t n = task / (p.HS * 2), head = task / 2 % p.HS;
-            const ScanPart<T>& part = parts[task % 2];
-            const int64_t width = task % 2 ? p.K : p.V, column = task % 2 ? padded<T>(p.V) : 0;
-            const int64_t chunks = layout.first[n + 1] - layout.first[n];
-            const auto chunk_number = [&](int64_t i) {  // of the i-th chunk on the way
-                return backwards ? layout.first[n + 1] - 1 - i : layout.first[n] + i;
-            };
-            const auto slot = [&](int64_t i) {  // of the state that it starts from
-                const auto state = i == chunks ? last : states.rows_from((chunk_number(i) * p.HS + head) * p.K);
-                return state.columns_from(column);
-            };
-            const auto stored = [&](int64_t i, int64_t j) {  // where part.start and part.end have S[i,j]
-                return (n * p.HS + head) * p.K * width + (part.transposed ? j * width + i : i * width + j);
-            };
-
-            const View<T> initial = slot(0);
-            for (int64_t i = 0; i < p.K; ++i) {
-                std::fill_n(initial.row(i), padded<T>(width), T(0));
-                if (part.start)
-                    for (int64_t j = 0; j < width; ++j) initial.row(i)[j] = part.start[stored(i, j)];
-            }
-            for (int64_t i = 0; i < chunks; ++i) {
-                const Chunk chunk = layout.chunks[chunk_number(i)];
-                gates.load(g, beta, chunk, head);
-                for (int64_t h = 0; h < heads_per_state; ++h) {
-                    const int64_t a_head = a.of_state(p, head, h), value_head = part.values.of_state(p, head, h);
-                    for (int t = 0; t < chunk.count; ++t) {
-                        const T weight = backwards ? gates.in[t] : gates.out[t] * gates.beta[t];
-                        kernel.scale(p.K, weight, a.at(chunk.token + t, a_head), weighted.row(t));
-                        T* const value = values.row(t);
-                        kernel.scale(width, part.sign, part.values.at(chunk.token + t, value_head), value);
-                        std::fill(value + width, value + padded<T>(width), T(0));
-                    }
-                    const View<T> before = slot(i), after = slot(i + 1);
-                    Product<T> product{weighted.data, 1, weighted.ld, values.data, values.ld, after.data, after.ld,
-                                       padded<T>(width), chunk.count};
-                    product.add = h ? after.data : before.data;
-                    product.add_scale = h ? T(1) : gates.total;
-                    kernel.multiply(product, rows.data(), p.K);
-                }
-            }
-            if (!part.end) continue;
-            const View<T> final_state = slot(chunks);
-            for (int64_t i = 0; i < p.K; ++i)
-                for (int64_t j = 0; j < width; ++j) part.end[stored(i, j)] = final_state.row(i)[j];
-        }
-    });
+void advance_state(View<T> weighted, View<T> values, int count, T total, View<T> before, View<T> after, int64_t width,
+                   const std::vector<int>& state_rows) {
+    Product<T> product{{weighted.data, 1, weighted.ld, values.data, values.ld, count}, after.data, after.ld, width};
+    product.add = before.data;
+    product.ldadd = before.ld;
+    product.add_scale = total;
+    kernels<T>().multiply(product, state_rows.data(), state_rows.size());
 }
 
 }  // namespace mesa::cpu

@@ -7,27 +7,46 @@
 
 namespace mesa::cpu {
 
+// Tokens as they act on one another, and the decay of the state before them.
+template <typename T>
+struct Window {
+    View<T> mask{};
+    const T* in = nullptr;
+    int count = 0;
+    int64_t width = 0;  // of the scores, in whole lines
+
+    Window(View<T> mask, const T* in, int count, int64_t tokens)
+        : mask(mask), in(in), count(count), width(padded<T>(tokens)) {}
+
+    // All tokens of a chunk, or none.
+    Window(const Block<T>* block) {
+        if (block) *this = Window(block->mask, block->gates.in, block->count, kChunk);
+    }
+};
+
+// scores = (A keys') o M for the given rows, A `width` wide.
+template <typename T>
+void score(const Window<T>& window, View<T> a, int64_t width, View<T> keys_t, View<T> scores, const int* rows,
+           int count) {
+    Product<T> product{{a.data, a.ld, 1, keys_t.data, keys_t.ld, width}, scores.data, scores.ld, window.width};
+    product.lower = true;
+    product.mask = window.mask.data;
+    kernels<T>().multiply(product, rows, count);
+}
+
 // out = e^{gc} (A S) + ((A keys') o M) values for the given rows, A `width` and the values `n` wide. This is the
 // operator of the conjugate gradient (keys, S, values = k, H, k), the read-out (k, G, v) and dx (v, G', k).
-// Without a block (a decode step) it is A S.
+// Without tokens (a decode step) it is A S.
 template <typename T>
-void attend(const Block<T>* block, View<T> a, int64_t width, View<T> keys_t, View<T> state, View<T> values, int64_t n,
-            View<T> out, View<T> scores, const int* rows, int count) {
-    const auto& kernel = kernels<T>();
-    Product<T> from_state{a.data, a.ld, 1, state.data, state.ld, out.data, out.ld, padded<T>(n), width};
-    if (block) {
-        Product<T> to_scores{a.data, a.ld, 1, keys_t.data, keys_t.ld, scores.data, scores.ld, kChunk, width};
-        to_scores.part = Part::c_lower;
-        to_scores.mask = block->mask.data;
-        kernel.multiply(to_scores, rows, count);
-        Product<T> from_chunk{scores.data, scores.ld, 1, values.data, values.ld, out.data, out.ld, padded<T>(n),
-                              block->count};
-        from_chunk.part = Part::a_lower;
-        kernel.multiply(from_chunk, rows, count);
-        from_state.row_scale = block->gates.in;
-        from_state.add = out.data;
+void attend(const Window<T>& window, View<T> a, int64_t width, View<T> keys_t, View<T> state, View<T> values,
+            int64_t n, View<T> out, View<T> scores, const int* rows, int count) {
+    Product<T> product{{a.data, a.ld, 1, state.data, state.ld, width}, out.data, out.ld, padded<T>(n)};
+    if (window.count) {
+        score(window, a, width, keys_t, scores, rows, count);
+        product.row_scale = window.in;
+        product.second = {scores.data, scores.ld, 1, values.data, values.ld, window.count, Part::lower};
     }
-    kernel.multiply(from_state, rows, count);
+    kernels<T>().multiply(product, rows, count);
 }
 
 struct Stop {
@@ -60,17 +79,16 @@ struct Solver {
     Matrix<T> p, ap, scores;
     std::vector<CgRow<T>> rows;
     std::vector<T> curvature;  // largest 1 / step length: close to the largest eigenvalue of (H_i + Lambda) / Lambda
-    std::vector<int> active;
 
     Solver(int64_t capacity, int64_t width)
         : K(width), b(capacity, K), x(capacity, K), p(capacity, K), ap(capacity, K), scores(kChunk, kChunk),
-          rows(capacity), curvature(capacity) {}
+          rows(capacity), curvature(capacity), tokens(K <= kWidestInParts ? kPart : kChunk), weighted(capacity, K),
+          state(capacity > tokens ? K : 1, K), state_rows(row_numbers(K)) {}
 
     // (H_i + Lambda) x_i = b_i for i < count, with H_i = e^{gc_i} H + the tokens of the block up to i.
     void run(const Block<T>* block, View<T> H, const T* lamb, const T* inverse_lamb, int count, Stop stop) {
         const auto& kernel = kernels<T>();
         const int64_t n = padded<T>(K);
-        active.clear();
         std::vector<int> exponents(count);
         for (int i = 0; i < count; ++i) {
             std::fill(b.row(i) + K, b.row(i) + n, T(0));  // NaN from a right-hand side before this one
@@ -78,20 +96,57 @@ struct Solver {
             const T scale = std::ldexp(T(1), -exponents[i]);
             rows[i] = CgRow<T>(kernel.cg_start(n, scale, inverse_lamb, p.row(i), x.row(i), b.row(i)));
             curvature[i] = 0;
-            if (rows[i].active()) active.push_back(i);
         }
-        const T tol2 = static_cast<T>(stop.tol * stop.tol);
-        const View<T> k = block ? block->k() : View<T>{}, kt = block ? block->kt() : View<T>{};
-        for (int step = 0; step < stop.max_iterations && !active.empty(); ++step) {
-            attend<T>(block, p, K, kt, H, k, K, ap, scores, active.data(), active.size());
-            for (const int i : active) {
-                kernel.cg_step(n, lamb, inverse_lamb, p.row(i), ap.row(i), x.row(i), b.row(i), rows[i], tol2);
-                curvature[i] = std::max(curvature[i], T(1) / rows[i].step);
-            }
-            active.erase(std::remove_if(active.begin(), active.end(), [&](int i) { return !rows[i].active(); }),
-                         active.end());
+        if (!block) iterate(nullptr, {}, {}, H, lamb, inverse_lamb, 0, count, stop);
+        for (int first = 0; block && first < count; first += tokens) {
+            const int size = std::min(tokens, count - first);
+            T in[kChunk];
+            for (int i = 0; i < size; ++i)
+                in[i] = first ? block->decay.row(first + i)[first - 1] : block->gates.in[i];
+            const Window<T> window(block->mask.rows_from(first).columns_from(first), in, size, tokens);
+            iterate(window, block->k().rows_from(first), block->kt().columns_from(first),
+                    first ? state_before(*block, H, first) : H, lamb, inverse_lamb, first, size, stop);
         }
         for (int i = 0; i < count; ++i) kernel.scale(n, std::ldexp(T(1), exponents[i]), x.row(i), x.row(i));
+    }
+
+   private:
+    // In every step a token meets all tokens before it in its part, while a state is made once. So a chunk is solved in
+    // parts, each from a state of its own, unless states are wide.
+    static constexpr int kPart = 32, kWidestInParts = 128;
+
+    int tokens;  // of a part
+    Matrix<T> weighted, state;
+    std::vector<int> state_rows, active;
+
+    // H before token `first` of the block.
+    View<T> state_before(const Block<T>& block, View<T> H, int first) {
+        for (int j = 0; j < first; ++j)
+            kernels<T>().scale(padded<T>(K), block.mask.row(first - 1)[j], block.k().row(j), weighted.row(j));
+        advance_state<T>(weighted, block.k(), first, block.gates.in[first - 1], H, state, padded<T>(K), state_rows);
+        return state;
+    }
+
+    // The steps for the rows from `first` on, given the state before them.
+    void iterate(const Window<T>& window, View<T> k, View<T> kt, View<T> H, const T* lamb, const T* inverse_lamb,
+                 int first, int count, Stop stop) {
+        const auto& kernel = kernels<T>();
+        const View<T> p = this->p.rows_from(first), ap = this->ap.rows_from(first);
+        const T tol2 = static_cast<T>(stop.tol * stop.tol);
+        active.clear();
+        for (int i = 0; i < count; ++i)
+            if (rows[first + i].active()) active.push_back(i);
+        for (int step = 0; step < stop.max_iterations && !active.empty(); ++step) {
+            attend<T>(window, p, K, kt, H, k, K, ap, scores, active.data(), active.size());
+            for (const int i : active) {
+                const int row = first + i;
+                kernel.cg_step(padded<T>(K), lamb, inverse_lamb, p.row(i), ap.row(i), x.row(row), b.row(row),
+                               rows[row], tol2);
+                curvature[row] = std::max(curvature[row], T(1) / rows[row].step);
+            }
+            const auto ended = [&](int i) { return !rows[first + i].active(); };
+            active.erase(std::remove_if(active.begin(), active.end(), ended), active.end());
+        }
     }
 
     // Of the power of two that brings the largest element to [1, 2); inside what T can hold in both directions.
@@ -175,16 +230,17 @@ struct HardRows {
         correct(&block, H, lamb, inverse_lamb, count, stop, solver);
     }
 
-    // to(i) = x' [G | H] y for the hard rows among the first `count`, once they are corrected.
+    // to(i) = weight_i x' (G do - H w) for the hard rows among the first `count`, once they are corrected.
     template <typename To>
-    void products(View<T> x, View<T> y, int count, const To& to) {
+    void products(View<T> x, View<T> grad_o, View<T> adjoint, int count, const T* weight, const To& to) {
         Wide& w = *wide;
         convert<T, double>(x, count, K, w.x);
         attend<double>(nullptr, w.x, K, {}, w.G, {}, V, w.y, w.scores, rows.data(), rows.size());
         attend<double>(nullptr, w.x, K, {}, w.H, {}, K, w.ax, w.scores, rows.data(), rows.size());
         for (const int i : rows) {
-            const double from_G = std::inner_product(w.y.row(i), w.y.row(i) + V, y.row(i), 0.0);
-            *to(i) = std::inner_product(w.ax.row(i), w.ax.row(i) + K, y.row(i) + padded<T>(V), from_G);
+            const double from_G = std::inner_product(w.y.row(i), w.y.row(i) + V, grad_o.row(i), 0.0);
+            const double from_H = std::inner_product(w.ax.row(i), w.ax.row(i) + K, adjoint.row(i), 0.0);
+            *to(i) = weight[i] * (from_G - from_H);
         }
     }
 
