@@ -38,8 +38,8 @@ A a_of_lanes(const Registers& registers) {
 
 // Adds sixteen products to each of a row of accumulators as tensor cores do: all are aligned to the largest and cut off
 // behind its 24th binary place, the sum is cut off to float32; nothing is rounded. (Of A100, after
-// https://doi.org/10.7717/peerj-cs.330. So emulated, o of float32 inputs where it cancels most is off by 2.2e-4 before it
-// is refined, as on an H200; with sums rounded to float32 it is by 1.4e-4.)
+// https://doi.org/10.7717/peerj-cs.330. So emulated, o of float32 inputs where it cancels most is off by 2.2e-4 before
+// it is refined, as on an H200; with sums rounded to float32 it is by 1.4e-4.)
 template <int Columns>
 void add_aligned(float (&row)[Columns], const float (&a)[16], const float (&b)[16][Columns]) {
     float products[16][Columns], largest[Columns], rounded[Columns];
