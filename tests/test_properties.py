@@ -62,6 +62,22 @@ def test_causality(device, start):
         assert not torch.equal(after["o"], before["o"])
 
 
+@pytest.mark.parametrize("gate, value", [("g", -torch.inf), ("g", -40.0), ("beta", 1e20)], ids=str)
+@pytest.mark.parametrize("token", [1, 20, 32, 63])
+def test_an_extreme_token_alters_nothing_before_it(device, token, gate, value):
+    """The solvers have a quicker way for decays and weights that are not extreme, but choose it row by row."""
+    for dtype in dtypes(device):
+        inputs = draw("random", device, dtype, T=70, K=32, V=16, context=50)
+        before = full(inputs)
+        getattr(inputs, gate)[:, token] = value
+        after = full(inputs)
+        tokens = ("o", "x", "steps", "bound")
+        assert_bitwise({n: after[n][:, :token] for n in tokens}, {n: before[n][:, :token] for n in tokens})
+        assert not torch.equal(after["x"], before["x"])
+        if gate == "g":  # such a beta makes systems that no dtype can solve
+            assert after["o"].isfinite().all() and after["x"].isfinite().all()
+
+
 @pytest.mark.parametrize("cuts", [[64], [1, 65], [37, 100, 129]], ids=str)
 def test_pieces_with_carried_state_equal_one_call(device, cuts):
     for dtype in dtypes(device):
