@@ -74,24 +74,34 @@ def time_call(forward, leaves, timer):
     return forward_ms, both_ms, None if peak is None else peak + size / 2**20
 
 
-def measure(shape, args, timer):
-    """One row for each set of kernels; the peers' figures stand in the last."""
+def inputs_of(shape, args):
     B, T, H, D = (int(n) for n in shape.split("x"))
-    inputs = make_inputs(B, T, H, D, D, DTYPES[args.dtype], args.device)
+    return make_inputs(B, T, H, D, D, DTYPES[args.dtype], args.device)
+
+
+def measure(shape, args, timer):
+    """One row for each set of kernels."""
+    inputs = inputs_of(shape, args)
     options = {"max_cg_iterations": args.steps, "cg_tol": 0.0} if args.steps else {}
     rows = []
     for kernels in kernel_paths(args.device):
         with using_kernels(kernels):
-            rows.append({"shape": shape, "kernels": kernels, **measure_ours(inputs, options, timer)})
-    inputs = {name: a.requires_grad_() for name, a in inputs.items()}
-    if import_fla() and args.device == "cuda" and not args.no_peers:
-        rows[-1]["fla fwd"], rows[-1]["fla f+b"], rows[-1]["fla MiB"] = time_call(*fla_chunk(inputs), timer)
-    if not args.no_peers and args.dtype != "fp32":
-        rows[-1]["softmax fwd"], rows[-1]["softmax f+b"], _ = time_call(*softmax(inputs), timer)
+            rows.append({"shape": shape, "kernels": kernels, **measure_kernels(inputs, options, timer)})
     return rows
 
 
-def measure_ours(inputs, options, timer):
+def measure_peers(shape, args, timer):
+    """What the peers' figures add to a row."""
+    inputs = {name: a.requires_grad_() for name, a in inputs_of(shape, args).items()}
+    row = {}
+    if args.dtype != "fp32":
+        row["softmax fwd"], row["softmax f+b"], _ = time_call(*softmax(inputs), timer)
+    if import_fla() and args.device == "cuda":
+        row["fla fwd"], row["fla f+b"], row["fla MiB"] = time_call(*fla_chunk(inputs), timer)
+    return row
+
+
+def measure_kernels(inputs, options, timer):
     B, T, H, D = inputs["q"].shape
     steps = mesa_attention(**inputs, **options, return_solver_info=True)[2].steps.float()
     row = {"steps": steps.mean().item(), "max": int(steps.max())}
@@ -156,28 +166,39 @@ def main():
     timer = Timer(args.device, args.repeats)
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
 
-    shapes = args.shapes or SHAPES[torch.device(args.device).type]
-    rows = []
-    for shape in shapes:
-        rows += measure(shape, args, timer)
-        write_json(args.json, dtype=args.dtype, exact_steps=args.steps, chunk=rows)  # in case it does not get further
-    print_table(f"mesa_attention, {args.dtype}" + (f", exactly {args.steps} steps" if args.steps else ""), rows)
-    errors = compare(BENCH_REGIME, DTYPES[args.dtype], args.device, tokens=512, peers=not args.no_peers)
-    print_table("relative error to the float64 reference, T = 512, K = V = 128", errors)
-    extra = {}
+    figures = {"dtype": args.dtype, "exact_steps": args.steps, "chunk": []}
+
+    def keep():  # after every shape, in case it does not get further
+        write_json(args.json, **figures)
+
+    def measure_all(key, shapes):
+        """Ours first: fla's kernels take minutes to compile."""
+        figures[key] = []
+        for shape in shapes:
+            figures[key] += measure(shape, args, timer)
+            keep()
+        if args.no_peers:
+            return
+        for shape in shapes:
+            last = [row for row in figures[key] if row["shape"] == shape][-1]
+            last |= measure_peers(shape, args, timer)
+            keep()
+
     if timer.cuda:
-        extra["small_call"] = [measure_small_call(kernels, timer) for kernels in kernel_paths(args.device)]
-        print_table("small call", extra["small_call"])
+        figures["small_call"] = [measure_small_call(kernels, timer) for kernels in kernel_paths(args.device)]
+        print_table("small call", figures["small_call"])
+    measure_all("chunk", args.shapes or SHAPES[torch.device(args.device).type])
+    title = f"mesa_attention, {args.dtype}" + (f", exactly {args.steps} steps" if args.steps else "")
+    print_table(title, figures["chunk"])
+    figures["errors"] = compare(BENCH_REGIME, DTYPES[args.dtype], args.device, tokens=512, peers=not args.no_peers)
+    print_table("relative error to the float64 reference, T = 512, K = V = 128", figures["errors"])
     if args.sweep or args.plot:
         tokens = SWEEP if timer.cuda else [256, 512]
         total = max(tokens) // 2 if timer.cuda else max(tokens)
-        extra["sweep"] = []
-        for t in tokens:
-            extra["sweep"] += measure(f"{max(1, total // t)}x{t}x16x128", args, timer)
-            write_json(args.json, dtype=args.dtype, exact_steps=args.steps, chunk=rows, errors=errors, **extra)
-        print_table("time against T", extra["sweep"])
-        plot_sweep(args.plot, extra["sweep"])
-    write_json(args.json, dtype=args.dtype, exact_steps=args.steps, chunk=rows, errors=errors, **extra)
+        measure_all("sweep", [f"{max(1, total // t)}x{t}x16x128" for t in tokens])
+        print_table("time against T", figures["sweep"])
+        plot_sweep(args.plot, figures["sweep"])
+    keep()
 
 
 if __name__ == "__main__":
