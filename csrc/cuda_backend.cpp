@@ -65,6 +65,11 @@ Rows rows_of(const Tensor& t, int64_t heads, int64_t width) {
 
 constexpr Rows kNoRows{nullptr, 0, 0, 0, DType::f32, 0, 1};
 
+// Allocations are much of what a small call costs: results that are not wanted have no elements.
+Tensor if_wanted(bool wanted, at::IntArrayRef shape, const at::TensorOptions& options) {
+    return wanted ? at::empty(shape, options) : at::empty({0}, options);
+}
+
 const float* floats(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
 template <typename T>
@@ -239,10 +244,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
     const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
     const Tensor q = with_padded_rows(q_);
     const auto f32 = c.float_options();
-    // Allocations are much of what a small call costs: results that are not wanted have no elements.
-    const auto if_wanted = [](bool wanted, at::IntArrayRef shape, const at::TensorOptions& options) {
-        return wanted ? at::empty(shape, options) : at::empty({0}, options);
-    };
     const bool refines = p.dtype == at::kFloat;
     const Tensor o = empty_padded({p.B, p.T, p.HO, p.V}, q.options());
     const Tensor x = solution || refines ? empty_padded({p.B, p.T, p.HO, p.K}, f32) : at::empty({0}, f32);
@@ -265,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
 
 // Sums neighbouring heads of t [.., heads, ..] (dimension `dim`) down to `heads`, in the dtype asked for.
 Tensor sum_groups(const Tensor& t, int64_t dim, int64_t heads, at::ScalarType dtype) {
-    if (t.size(dim) == heads) return t.to(dtype);
+    if (t.numel() == 0 || t.size(dim) == heads) return t.to(dtype);
     return t.unflatten(dim, {heads, t.size(dim) / heads}).sum(dim + 1).to(dtype);
 }
 
@@ -303,7 +304,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     const States adjoints = p.HO == p.HS ? states : States(c, p.HO);
     const Tensor overlaps = at::empty({c.problem.slots() * p.HO * overlap_parts(c.problem)}, f32);
 
-    const Tensor end_kk = at::empty({p.N, p.HO, p.K, p.K}, f32), end_kv = at::empty({p.N, p.HO, p.K, p.V}, f32);
+    const Tensor end_kk = if_wanted(h_kk.has_value(), {p.N, p.HO, p.K, p.K}, f32);
+    const Tensor end_kv = if_wanted(h_kv.has_value(), {p.N, p.HO, p.K, p.V}, f32);
     const SegmentSums segments(c, heads);
     C10_CUDA_CHECK(launch_chunk_states({c.problem,
                                         x_rows,
@@ -311,8 +313,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
                                         c.gates(heads),
                                         floats(start_kv),
                                         floats(start_kk),
-                                        end_kv.data_ptr<float>(),
-                                        end_kk.data_ptr<float>(),
+                                        data_or_null<float>(end_kv),
+                                        data_or_null<float>(end_kk),
                                         adjoints.view(heads),
                                         heads,
                                         static_cast<int>(p.outputs_per_state()),
