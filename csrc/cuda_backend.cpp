@@ -63,8 +63,6 @@ Rows rows_of(const Tensor& t, int64_t heads, int64_t width) {
             static_cast<int>(heads / t.size(2))};
 }
 
-constexpr Rows kNoRows{nullptr, 0, 0, 0, DType::f32, 0, 1};
-
 // Allocations are much of what a small call costs: results that are not wanted have no elements.
 Tensor if_wanted(bool wanted, at::IntArrayRef shape, const at::TensorOptions& options) {
     return wanted ? at::empty(shape, options) : at::empty({0}, options);
@@ -198,16 +196,23 @@ void forward_states(const Call& c, const States& states, float* end_kk, float* e
                                        c.stream));
 }
 
-void solve(const Call& c, const States& states, const Tensor& rhs, const Rows& x, const Rows& rounded,
-           const Rows& out, const Rows& forward_x, float* from_start, int* steps, float* bound, int64_t max_iterations,
-           double tolerance, HardRows* hard_rows) {
+// What every solve has; the rest is for the caller to set.
+SolveArgs solve_args(const Call& c, Solve kind, const States& states, const Rows& rhs, int64_t max_iterations,
+                     double tolerance) {
     const int64_t heads = c.size.HO;
-    C10_CUDA_CHECK(launch_solve({c.problem, rows_of(rhs, heads, c.size.K), c.k_rows(heads), c.gates(heads),
-                                 static_cast<const LambPair*>(c.lamb_pairs.const_data_ptr()), states.view(heads),
-                                 x, rounded, c.v_rows(heads), out, forward_x, from_start,
-                                 steps, bound, static_cast<int>(heads), static_cast<int>(max_iterations),
-                                 static_cast<float>(tolerance), hard_rows},
-                                c.stream));
+    SolveArgs args{};
+    args.problem = c.problem;
+    args.kind = kind;
+    args.rhs = rhs;
+    args.keys = c.k_rows(heads);
+    args.values = c.v_rows(heads);
+    args.gates = c.gates(heads);
+    args.lamb = static_cast<const LambPair*>(c.lamb_pairs.const_data_ptr());
+    args.states = states.view(heads);
+    args.heads = static_cast<int>(heads);
+    args.max_iterations = static_cast<int>(max_iterations);
+    args.tolerance = static_cast<float>(tolerance);
+    return args;
 }
 
 // x and o once more, where the solver has found rows that float32 is not enough for.
@@ -229,8 +234,11 @@ void refine(const Call& c, const States& states, const Tensor& q, const Tensor& 
                           rows_of(o, heads, c.size.V),
                           static_cast<int>(heads)};
     C10_CUDA_CHECK(launch_residuals(args, c.stream));
-    solve(c, states, correction, rows_of(correction, heads, c.size.K), kNoRows, kNoRows, kNoRows, nullptr, nullptr,
-          nullptr, max_iterations, kCorrectionTolerance, hard_rows);
+    SolveArgs corrected =
+        solve_args(c, Solve::correction, states, args.correction, max_iterations, kCorrectionTolerance);
+    corrected.x = args.correction;
+    corrected.hard_rows = hard_rows;
+    C10_CUDA_CHECK(launch_solve(corrected, c.stream));
     C10_CUDA_CHECK(launch_refined(args, c.stream));
 }
 
@@ -256,10 +264,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
     forward_states(c, states, data_or_null<float>(end_kk), data_or_null<float>(end_kv));
     Tensor hard_rows;
     if (refines) hard_rows = at::empty({c.problem.slots(), p.HO}, f32.dtype(at::kLong));
-    HardRows* const hard = refines ? static_cast<HardRows*>(hard_rows.data_ptr()) : nullptr;
-    solve(c, states, q, x.numel() ? rows_of(x, p.HO, p.K) : kNoRows, kNoRows, rows_of(o, p.HO, p.V), kNoRows, nullptr,
-          data_or_null<int>(steps), data_or_null<float>(bound), max_cg_iterations, cg_tol, hard);
-    if (refines) refine(c, states, q, x, o, hard, max_cg_iterations);
+    SolveArgs args = solve_args(c, Solve::forward, states, rows_of(q, p.HO, p.K), max_cg_iterations, cg_tol);
+    if (x.numel()) args.x = rows_of(x, p.HO, p.K);
+    args.out = rows_of(o, p.HO, p.V);
+    args.steps = data_or_null<int>(steps);
+    args.bound = data_or_null<float>(bound);
+    if (refines) args.hard_rows = static_cast<HardRows*>(hard_rows.data_ptr());
+    C10_CUDA_CHECK(launch_solve(args, c.stream));
+    if (refines) refine(c, states, q, x, o, args.hard_rows, max_cg_iterations);
     return {without_padding(o, p.V), solution ? without_padding(x, p.K) : at::empty({0}, f32), end_kk, end_kv, steps,
             bound};
 }
@@ -287,18 +299,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     const States states(c, p.HS);
     forward_states(c, states, nullptr, nullptr);
 
-    // w = (H + Lambda)^-1 G do, solved in the place of its right-hand side.
+    // w = (H + Lambda)^-1 G do. With a head of q for every output head, dq is w in q's dtype.
     const Tensor w = empty_padded({p.B, p.T, p.HO, p.K}, f32);
     const Rows do_rows = rows_of(d_o, heads, p.V), x_rows = rows_of(x, heads, p.K), w_rows = rows_of(w, heads, p.K);
     const Tensor from_start = at::empty({p.B, p.T, p.HO}, f32);
-    C10_CUDA_CHECK(launch_dx({c.problem, do_rows, c.k_rows(heads), c.v_rows(heads), c.gates(heads), states.view(heads),
-                              x_rows, w_rows, from_start.data_ptr<float>(), heads},
-                             c.stream));
-    // With a head of q for every output head, dq is w in q's dtype.
     const bool own_dq = p.HO == p.HQ && q.scalar_type() != at::kFloat;
     const Tensor dq = own_dq ? empty_padded({p.B, p.T, p.HO, p.K}, q.options()) : w;
-    solve(c, states, w, w_rows, own_dq ? rows_of(dq, heads, p.K) : kNoRows, kNoRows, x_rows,
-          from_start.data_ptr<float>(), nullptr, nullptr, max_cg_iterations, cg_tol, nullptr);
+    SolveArgs args = solve_args(c, Solve::adjoint, states, do_rows, max_cg_iterations, cg_tol);
+    args.x = w_rows;
+    if (own_dq) args.rounded = rows_of(dq, heads, p.K);
+    args.forward_x = x_rows;
+    args.from_start = from_start.data_ptr<float>();
+    C10_CUDA_CHECK(launch_solve(args, c.stream));
 
     // The adjoints take the place of the states, which nobody needs any more, unless output heads share these.
     const States adjoints = p.HO == p.HS ? states : States(c, p.HO);

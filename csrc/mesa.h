@@ -115,34 +115,40 @@ cudaError_t launch_chunk_states(const StateArgs&, cudaStream_t);
 
 using HardRows = uint64_t;  // of the rows of a chunk, bit t for row t, those that have shown a bad condition
 
-// x_t = (H_t + diag(lamb))^-1 rhs_t by conjugate gradient, and where `out` is wanted the read-out out_t = G_t' x_t.
+// x_t = (H_t + diag(lamb))^-1 rhs_t by conjugate gradient.
+enum class Solve : int {
+    forward,     // for q; then the read-out out_t = G_t' x_t
+    adjoint,     // for dx_t = G_t do_t, which is made on the way
+    correction,  // see below; float32 keys only
+};
+
 struct SolveArgs {
     Problem problem;
-    Rows rhs;      // q, or dx
-    Rows keys;
+    Solve kind;
+    Rows rhs;  // q; or do; or a residual
+    Rows keys, values;
     Gates gates;
     const LambPair* lamb;  // [heads of the state, K / 2 padded to a multiple of 32 (with ones)]
     SplitStates states;
-    Rows x;        // float32; may be rhs itself, or data null where it is not wanted
-    Rows rounded;  // x in 16 bits too, or data null
-    Rows values;
-    Rows out;  // or data null: then this is the backward pass, which has
-    Rows forward_x;
-    float* from_start;  // [B, T, heads], from which e^{gc} forward_x' H x is subtracted; or null: a correction (below)
+    Rows x;           // float32; the solution (may be rhs itself), or data null where it is not wanted
+    Rows out;         // forward
+    Rows rounded;     // adjoint: the solution in 16 bits too, or data null
+    Rows forward_x;   // adjoint: x of the forward pass, float32
+    float* from_start;  // adjoint: [B, T, heads] e^{gc} forward_x' (G do - H x), of the state before each chunk
     int* steps;    // [B, T, heads] or null
     float* bound;  // [B, T, heads] or null
     int heads;
     int max_iterations;
     float tolerance;
-    HardRows* hard_rows;  // [slots, heads] with float32 keys in the forward pass (see below), else null
+    HardRows* hard_rows;  // [slots, heads] with float32 keys: written (forward) or read (correction), else null
 };
 cudaError_t launch_solve(const SolveArgs&, cudaStream_t);
 
 // Float32 inputs: the rows of badly conditioned systems, whose o = G'x cancels by up to the condition number, are done
 // again with G and H in float64 from the start of their sequence on:
-//     launch_solve with `out` finds rows that show a bad condition,
+//     the forward solve finds rows that show a bad condition,
 //     launch_residuals makes rhs - (H + Lambda) x of these and of the rows behind them in their chunks,
-//     launch_solve without `out` and `from_start` makes of that a correction of x,
+//     a solve for these makes of that a correction of x,
 //     launch_refined adds it to x and reads out again.
 // Where no row has shown it, each of the last three does nothing.
 constexpr float kCorrectionTolerance = 1e-2f;  // of the second solve: the correction is small beside x
@@ -163,26 +169,13 @@ struct RefineArgs {
 cudaError_t launch_residuals(const RefineArgs&, cudaStream_t);
 cudaError_t launch_refined(const RefineArgs&, cudaStream_t);
 
-// dx_t = G_t do_t, the right-hand side of the backward solve.
-struct DxArgs {
-    Problem problem;
-    Rows d_o, keys, values;
-    Gates gates;
-    SplitStates states;
-    Rows x;   // of the forward pass, float32
-    Rows dx;  // float32
-    float* from_start;  // [B, T, heads] e^{gc} x' G do
-    int heads;
-};
-cudaError_t launch_dx(const DxArgs&, cudaStream_t);
-
 // Gradients of the linear attention with queries x, keys k, values [v | k] and output gradients [do | -w].
 struct GradArgs {
     Problem problem;
     Rows x, w, d_o, k, v;
     Gates gates;
     SplitStates adjoints;     // after each chunk
-    const float* from_start;  // [B, T, heads] e^{gc} x' S do', of the state before each chunk
+    const float* from_start;  // [B, T, heads] as the solver leaves it
     const float* overlaps;    // see StateArgs
     Rows dk, dv;           // heads as the kernel's
     float* dg;             // [B, T, heads]

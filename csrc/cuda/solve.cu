@@ -1,5 +1,6 @@
 // solve: x_t = (H_t + diag(lamb))^-1 rhs_t for the 64 tokens of a chunk, by preconditioned conjugate gradient (cg.h),
-// and in the forward pass the read-out o_t = G_t' x_t; in the backward pass, where w is solved for, x' H w for dg.
+// and in the forward pass the read-out o_t = G_t' x_t; in the backward pass, where w is solved for, before it the
+// right-hand side dx (dx.cuh) and after it x' H w for dg.
 //
 // With c the state before the chunk, P the directions of the 64 tokens and M_ij = decay(i, j) beta_j for j <= i:
 //
@@ -11,7 +12,7 @@
 // A warp owns 16 rows. With mma.sync it shares nothing with the other warps but read-only memory and ends its steps
 // when its rows have ended; with wgmma the four warps of a block go through the steps together.
 #include "../cg.h"
-#include "chunk.cuh"
+#include "dx.cuh"
 
 namespace mesa {
 namespace {
@@ -25,16 +26,22 @@ constexpr float kMildDecay = 32.f, kMildWeight = 0x1p60f;
 
 constexpr int kMaxVTiles = kMaxWidth / kChunk;
 
-template <int KTiles, int KeyTerms>
+template <int KTiles, int KeyTerms, Solve kind>
 struct Shared {
+    static constexpr int kValues = kMaxVTiles * KeyTerms * kPanel;
+
     __half keys[KTiles * KeyTerms * kPanel];    // row-scaled to a largest element in [1, 2)
-    __half h[kMaxVTiles * KTiles * 2 * kPanel];  // [column tile][row tile][hi, lo]; after the solve G
+    __half h[kMaxVTiles * KTiles * 2 * kPanel];  // [column tile][row tile][hi, lo]; before or after the solve G
     union {
         float4 x[KTiles * 8 * kThreads];  // each thread's own part, in accumulator layout
-        __half values[kMaxVTiles * KeyTerms * kPanel];
+        __half values[(kind == Solve::adjoint ? 2 : 1) * kValues];  // and do behind them
     };
     ChunkGates gates;  // once the weights are made, beta is that of token j's scores over 2^lo, and lo is start_weight
-    float mild_weight[kChunk];  // the same beta over the decay from the chunk's first token to j; see mild_rows
+    union {
+        PowersOfTwo token_scales[kChunk];  // of do, k and v, while dx is made
+        float key_scale[kChunk];
+        float mild_weight[kChunk];  // the same beta over the decay from the chunk's first token to j; see mild_rows
+    };
     // 112 KB + 1 KB at K = 128 in 16 bits: two blocks on a multiprocessor of 228 KB.
 };
 
@@ -62,19 +69,14 @@ __device__ __forceinline__ float2 direction_at(const Operand<1>& p, int n, int h
     return unpack(p.term[0].r[n / 2][n % 2 * 2 + half] ^ zero);
 }
 
-// Three powers of two in one register: the first as a float, whose mantissa takes the exponents of the others.
-struct RowScales {
-    uint32_t bits;
-
-    __device__ __forceinline__ void set_mu(float p) { bits = __float_as_uint(p); }
-    __device__ __forceinline__ void add_key(float p) { bits |= __float_as_uint(p) >> 15; }
-    __device__ __forceinline__ void add_rhs(float p) { bits |= __float_as_uint(p) >> 23; }
-    __device__ __forceinline__ float mu() const { return __uint_as_float(bits & 0x7f800000); }
-    __device__ __forceinline__ float key() const { return __uint_as_float(bits << 15 & 0x7f800000); }
-    __device__ __forceinline__ float rhs() const { return __uint_as_float(bits << 23 & 0x7f800000); }
+// Of a row: mu (see below), of its key, of its right-hand side.
+struct RowScales : PowersOfTwo {
+    __device__ __forceinline__ float mu() const { return first(); }
+    __device__ __forceinline__ float key() const { return second(); }
+    __device__ __forceinline__ float rhs() const { return third(); }
 };
 __device__ __forceinline__ RowScales scales_of_row(RowScales own, int half, int lane) {
-    return {__shfl_sync(0xffffffffu, own.bits, (lane & ~1) | half)};
+    return {{__shfl_sync(0xffffffffu, own.bits, (lane & ~1) | half)}};
 }
 
 // The inverses of a row's step lengths lie among the eigenvalues of (H + Lambda) / Lambda: they show a bad condition.
@@ -89,6 +91,13 @@ struct StepRange {
     __device__ __forceinline__ bool hard() const { return longest > kHard * shortest; }
 };
 
+// `count` column tiles of a state, of so many panels each, from the given one on.
+template <int Panels>
+__device__ __forceinline__ void copy_tiles_async(__half* to, const SplitStates& from, int64_t place, int count) {
+    for (int tile = 0; tile < count; ++tile)
+        copy_panels_async<Panels>(to + tile * Panels * kPanel, from.panels + (place + tile) * Panels * kPanel);
+}
+
 // Whether any row of those that go on together is active.
 template <Isa isa>
 __device__ __forceinline__ bool any_active(bool active) {
@@ -96,50 +105,98 @@ __device__ __forceinline__ bool any_active(bool active) {
     else return __any_sync(0xffffffffu, active);
 }
 
-template <Isa isa, int KTiles, int KeyTerms, bool ReadOut>
+template <Isa isa, int KTiles, int KeyTerms, Solve kind>
 __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2)
     solve_kernel(const __grid_constant__ SolveArgs a) {
     if constexpr (isa == Isa::hopper && !ptx::kHasHopper) return;  // never launched
     MESA_DYNAMIC_SHARED(shared_bytes);
-    auto& sm = *reinterpret_cast<Shared<KTiles, KeyTerms>*>(shared_bytes);
+    using SharedMemory = Shared<KTiles, KeyTerms, kind>;
+    auto& sm = *reinterpret_cast<SharedMemory*>(shared_bytes);
     __builtin_assume(threadIdx.x < kThreads);  // or the ends of loops over threads would need registers throughout
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t slot = blockIdx.x / a.heads;
     const int head = blockIdx.x % a.heads;
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
-    constexpr bool kFindsHard = ReadOut && KeyTerms == 2, kMayCorrect = !ReadOut && KeyTerms == 2;
-    if (kMayCorrect && a.hard_rows && a.hard_rows[blockIdx.x] == 0) return;
+    constexpr bool kFindsHard = kind == Solve::forward && KeyTerms == 2;
+    if (kind == Solve::correction && a.hard_rows[blockIdx.x] == 0) return;
 
-    // Loads: everything is asked for at once, the tokens first; H comes while they are worked on. The right-hand side
-    // waits in x's place, the keys' row scales (they go into beta, the weight of score (i, j)) in that of the weights.
+    // Loads: everything is asked for at once, the tokens first; the state comes while they are worked on. The right-hand
+    // side waits in x's place, the keys' row scales (they go into beta, the weight of score (i, j)) in that of the
+    // weights.
     const int value_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = value_tiles + KTiles;
     const int64_t place = state_tile(a.states, slot, head, column_tiles, value_tiles);
     const float* const h_scale = a.states.scales + place;
     const float largest_h_scale = fmaxf(h_scale[0], h_scale[KTiles - 1]);
     float* const right_hand_side = reinterpret_cast<float*>(sm.x);
     const GatePair gates = fetch_gates(a.gates, a.problem, chunk, head);
-    fetch_staged_rows<KTiles>(right_hand_side, a.rhs, chunk, head);
+    __half* const d_o = sm.values + SharedMemory::kValues;
+    const auto with_value_tiles = [&](const auto& f) {
+        if (value_tiles == 1) f(std::integral_constant<int, 1>());
+        else f(std::integral_constant<int, kMaxVTiles>());
+    };
+    if constexpr (kind == Solve::adjoint) {
+        with_value_tiles([&](auto tiles) {
+            fetch_rows<tiles.value, KeyTerms>(d_o, a.rhs, chunk, head, 0);
+            fetch_rows<tiles.value, KeyTerms>(sm.values, a.values, chunk, head, 0);
+        });
+    } else {
+        fetch_staged_rows<KTiles>(right_hand_side, a.rhs, chunk, head);
+    }
     fetch_rows<KTiles, KeyTerms>(sm.keys, a.keys, chunk, head, 0);
     ptx::cp_async_commit();
-    copy_panels_async<KTiles * KTiles * 2>(sm.h, a.states.panels + place * KTiles * 2 * kPanel);
+    if constexpr (kind == Solve::adjoint)
+        copy_tiles_async<KTiles * 2>(sm.h, a.states, place - value_tiles, value_tiles);  // G
+    else copy_panels_async<KTiles * KTiles * 2>(sm.h, a.states.panels + place * KTiles * 2 * kPanel);
     ptx::cp_async_commit();
-    const LambPair* const lamb = a.lamb + (head / a.states.group) * (KTiles * kChunk / 2);
-    const uint32_t lamb_exponent = smallest_lamb_exponent(lamb, KTiles * kChunk / 2, lane);
+    constexpr int kLambPairs = KTiles * kChunk / 2;
+    const uint32_t lamb_exponent =
+        smallest_lamb_exponent(a.lamb + (head / a.states.group) * kLambPairs, kLambPairs, lane);
     store_gates(sm.gates, gates);
     ptx::cp_async_wait<1>();
-    convert_rows<KTiles, KeyTerms>(sm.keys, sm.mild_weight, a.keys.dtype, 0);
-    convert_staged_rows<KTiles>(right_hand_side, a.rhs.dtype);
-    if constexpr (ReadOut) {  // what the read-out will want comes to the L2 cache during the steps
-        for (int tile = 1; tile <= value_tiles; ++tile)
-            prefetch_panels<KTiles * 2>(a.states.panels + (place - tile) * KTiles * 2 * kPanel);
-        prefetch_rows(a.values, chunk, head);
-    } else {
+    Acc r[KTiles];
+    if constexpr (kind == Solve::adjoint) {
         prefetch_rows(a.forward_x, chunk, head);
+        prefetch_panels<KTiles * KTiles * 2>(a.states.panels + place * KTiles * 2 * kPanel);
+        PowersOfTwo* const scales = sm.token_scales;  // those of a token come from the same thread
+        const auto put_first = [scales](int t, float scale) { scales[t].set_first(scale); };
+        const auto put_second = [scales](int t, float scale) { scales[t].add_second(scale); };
+        const auto put_third = [scales](int t, float scale) { scales[t].add_third(scale); };
+        with_value_tiles([&](auto tiles) {
+            convert_rows<tiles.value, KeyTerms>(d_o, put_first, a.rhs.dtype, 4);
+            convert_rows<tiles.value, KeyTerms>(sm.values, put_third, a.values.dtype, 0);
+        });
+        convert_rows<KTiles, KeyTerms>(sm.keys, put_second, a.keys.dtype, 0);
+        publish_shared<isa>();
+        __syncthreads();
+        const int first_row = warp * 16;
+        float x_from_start[2];
+        make_dx<isa, KTiles, KeyTerms>(r, x_from_start, {d_o, sm.values, sm.keys, sm.h, scales, value_tiles},
+                                       h_scale - value_tiles, sm.gates, a.forward_x, chunk, head, first_row, lane);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int t = first_row + acc_row(lane, half);
+            if (lane % 4 == 0 && t < chunk.length)
+                a.from_start[(chunk.batch * a.problem.T + chunk.token + t) * a.heads + head] = x_from_start[half];
+        }
+        __syncthreads();  // G has been used
+        const int64_t place_again =  // to be found anew rather than kept
+            state_tile(a.states, ptx::opaque(blockIdx.x) / a.heads, head, column_tiles, value_tiles);
+        copy_panels_async<KTiles * KTiles * 2>(sm.h, a.states.panels + place_again * KTiles * 2 * kPanel);
+        ptx::cp_async_commit();
+        if (threadIdx.x < kChunk) sm.key_scale[threadIdx.x] = scales[threadIdx.x].second();
+    } else {
+        convert_rows<KTiles, KeyTerms>(sm.keys, sm.key_scale, a.keys.dtype, 0);
+        convert_staged_rows<KTiles>(right_hand_side, a.rhs.dtype);
+        if constexpr (kind == Solve::forward) {  // what the read-out will want comes to the L2 cache during the steps
+            for (int tile = 1; tile <= value_tiles; ++tile)
+                prefetch_panels<KTiles * 2>(a.states.panels + (place - tile) * KTiles * 2 * kPanel);
+            prefetch_rows(a.values, chunk, head);
+        }
     }
     __syncthreads();
     const int token = threadIdx.x;  // of the first 64 threads
-    if (token < kChunk) sm.gates.beta[token] *= sm.mild_weight[token] * sm.mild_weight[token];
+    if (token < kChunk) sm.gates.beta[token] *= sm.key_scale[token] * sm.key_scale[token];
     __syncthreads();
 
     // Per row: a power of two `mu` >= the row's largest weight, which keeps the scores in fp16.
@@ -155,8 +212,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     const float mu = scale_to(fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)), -1).down;
     const float own_weight = pow2_inverse(mu) * ptx::exp2_approx(sm.gates.lo[own_row]);
     RowScales own_scales;  // a row's true values are its scale times what is stored
-    own_scales.set_mu(mu);
-    own_scales.add_key(sm.mild_weight[own_row]);
+    own_scales.set_first(mu);
+    own_scales.add_second(sm.key_scale[own_row]);
     const float small_decay = ptx::exp2_approx(-sm.gates.lo[token % kChunk]);
     // Rows before the first token that is not mild take the short way. No row depends on a later token in this.
     const auto is_mild = [&](int j) {
@@ -177,12 +234,11 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     for (int ct = 0; ct < KTiles; ++ct) h_share[ct] = KTiles == 1 ? 1.f : h_scale[ct] * pow2_inverse(largest_h_scale);
 
     // This lane's columns are at constant distances from here. Opaque: an index is kept from step to step, no address.
-    const unsigned lamb_index = (head / a.states.group) * (KTiles * kChunk / 2) + lane % 4;
+    const unsigned lamb_index = (head / a.states.group) * kLambPairs + lane % 4;
     const auto lamb_of_lane = [&] { return a.lamb + ptx::opaque(lamb_index); };
     const float tol_squared = a.tolerance * a.tolerance;
 
     // r = rhs scaled by a power of two, x = 0, p = z = r / lamb.
-    Acc r[KTiles];
     float rz[2] = {0.f, 0.f};
     float rhs_scale[2];
 #pragma unroll
@@ -193,10 +249,14 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const float2 v = *reinterpret_cast<const float2*>(
-                    right_hand_side + staged_offset<KTiles>(t, kt * kChunk + acc_col(lane, n)));
-                r[kt].c[n][half * 2] = v.x, r[kt].c[n][half * 2 + 1] = v.y;
-                amax = fmaxf(amax, fmaxf(fabsf(v.x), fabsf(v.y)));
+                float& u = r[kt].c[n][half * 2];
+                float& v = r[kt].c[n][half * 2 + 1];
+                if constexpr (kind != Solve::adjoint) {
+                    const float2 pair = *reinterpret_cast<const float2*>(
+                        right_hand_side + staged_offset<KTiles>(t, kt * kChunk + acc_col(lane, n)));
+                    u = pair.x, v = pair.y;
+                }
+                amax = fmaxf(amax, fmaxf(fabsf(u), fabsf(v)));
             }
         const Pow2Scale s = scale_to(quad_max(amax), 0);
         rhs_scale[half] = s.down;
@@ -213,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
                 }
             }
     }
-    own_scales.add_rhs(lane & 1 ? rhs_scale[1] : rhs_scale[0]);
+    own_scales.add_third(lane & 1 ? rhs_scale[1] : rhs_scale[0]);
     CgRow<float> row(own_sum(rz, lane));
     [[maybe_unused]] StepRange step_range;
     float direction = direction_scale(row.pp, lamb_exponent);  // stored p = direction * p
@@ -429,7 +489,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         }
         scale_rows(x[kt], rhs_scale_of[0], rhs_scale_of[1]);
         if (a.x.data) store_strip<true>(a.x, to_write, to_head, end_first_row, kt * kChunk, x[kt], end_lane);
-        if (!ReadOut && a.rounded.data)
+        if (kind == Solve::adjoint && a.rounded.data)
             store_strip<false>(a.rounded, to_write, to_head, end_first_row, kt * kChunk, x[kt], end_lane);
     }
     if (end_lane % 4 < 2) {
@@ -445,9 +505,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         const uint32_t rows = __ballot_sync(0xffffffffu, hard);
         if (end_lane == 0) reinterpret_cast<uint16_t*>(a.hard_rows + block)[thread / 32] = static_cast<uint16_t>(rows);
     }
-    if (kMayCorrect && !a.from_start) return;
 
-    if constexpr (!ReadOut) {
+    if constexpr (kind == Solve::adjoint) {
         // e^{gc} x' H w, the state's part alone.
         float x_scale[2];
         normalise_rows(x, x_scale, 4);
@@ -481,16 +540,14 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         }
     }
 
-    if constexpr (ReadOut) {
+    if constexpr (kind == Solve::forward) {
         // V comes in the place of x and G in that of H, while X K' is worked on.
         const int out_tiles = (a.problem.V + kChunk - 1) / kChunk;
         const int64_t g_place = state_tile(a.states, block / a.heads, to_head, out_tiles + KTiles, 0);
         __syncthreads();  // all steps have been taken
         fetch_rows<kMaxVTiles, KeyTerms>(sm.values, a.values, to_write, to_head, 0);
         ptx::cp_async_commit();
-        for (int tile = 0; tile < out_tiles; ++tile)
-            copy_panels_async<KTiles * 2>(sm.h + tile * KTiles * 2 * kPanel,
-                                          a.states.panels + (g_place + tile) * KTiles * 2 * kPanel);
+        copy_tiles_async<KTiles * 2>(sm.h, a.states, g_place, out_tiles);
         ptx::cp_async_commit();
         const int end_own_row = end_first_row + acc_row(end_lane, end_lane & 1);
         if (end_lane % 4 < 2) {  // the values' scales are to take the place of the keys' in the weights
@@ -559,11 +616,18 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     }
 }
 
+template <Isa isa, int KTiles, int KeyTerms, Solve kind>
+cudaError_t launch_solver(const SolveArgs& a, cudaStream_t stream) {
+    return launch(solve_kernel<isa, KTiles, KeyTerms, kind>, a, a.problem.slots() * a.heads,
+                  sizeof(Shared<KTiles, KeyTerms, kind>), stream);
+}
+
 template <Isa isa, int KTiles, int KeyTerms>
 cudaError_t launch_solver(const SolveArgs& a, cudaStream_t stream) {
-    const auto kernel =
-        a.out.data ? solve_kernel<isa, KTiles, KeyTerms, true> : solve_kernel<isa, KTiles, KeyTerms, false>;
-    return launch(kernel, a, a.problem.slots() * a.heads, sizeof(Shared<KTiles, KeyTerms>), stream);
+    if (a.kind == Solve::forward) return launch_solver<isa, KTiles, KeyTerms, Solve::forward>(a, stream);
+    if (a.kind == Solve::adjoint) return launch_solver<isa, KTiles, KeyTerms, Solve::adjoint>(a, stream);
+    if constexpr (KeyTerms == 2) return launch_solver<isa, KTiles, KeyTerms, Solve::correction>(a, stream);
+    return cudaErrorInvalidValue;
 }
 
 }  // namespace

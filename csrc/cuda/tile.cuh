@@ -295,6 +295,18 @@ __device__ __forceinline__ float pow2(int e) { return __int_as_float((e + 127) <
 
 __device__ __forceinline__ float pow2_inverse(float p) { return __int_as_float(0x7f000000 - __float_as_int(p)); }
 
+// Three powers of two in one register: the first as a float, whose mantissa takes the exponents of the others.
+struct PowersOfTwo {
+    uint32_t bits;
+
+    __device__ __forceinline__ void set_first(float p) { bits = __float_as_uint(p); }
+    __device__ __forceinline__ void add_second(float p) { bits |= __float_as_uint(p) >> 15; }
+    __device__ __forceinline__ void add_third(float p) { bits |= __float_as_uint(p) >> 23; }
+    __device__ __forceinline__ float first() const { return __uint_as_float(bits & 0x7f800000); }
+    __device__ __forceinline__ float second() const { return __uint_as_float(bits << 15 & 0x7f800000); }
+    __device__ __forceinline__ float third() const { return __uint_as_float(bits << 23 & 0x7f800000); }
+};
+
 // The power of two that brings a largest magnitude `amax` into [2^target, 2^(target + 1)), and its inverse. Powers of
 // two leave every bit of what they scale, so that no result depends on the choice. Zero keeps scale 1.
 struct Pow2Scale {

@@ -299,7 +299,7 @@ struct Pass {
     Array<__half> state_panels, adjoint_panels;
     Array<float> state_scales, adjoint_scales, segment_sums, segment_decays;
     Array<LambPair> lamb_pairs;
-    Output x, o, dx, dq, dk, dv;
+    Output x, o, dq, dk, dv;
     Array<float> dg, dbeta, from_start, overlaps, dlamb, end_kk, end_kv, dh_kk, dh_kv, bound;
     Array<int> steps;
     Array<uint16_t> rounded;  // dq in bf16
@@ -320,8 +320,7 @@ struct Pass {
           adjoint_panels(panels(in) * H * kPanel), state_scales(scales(in) * HS), adjoint_scales(scales(in) * H),
           segment_sums(segments(in, variant) * H * segment_sum_size(shape(in))),
           segment_decays(segments(in, variant) * H), lamb_pairs(size_t(HS) * tiles(in.K) * kChunk / 2),
-          x(in.B, in.T, H, in.K), o(in.B, in.T, H, in.V), dx(in.B, in.T, H, in.K),
-          dq(in.B, in.T, H, in.K), dk(in.B, in.T, H, in.K), dv(in.B, in.T, H, in.V),
+          x(in.B, in.T, H, in.K), o(in.B, in.T, H, in.V), dq(in.B, in.T, H, in.K), dk(in.B, in.T, H, in.K), dv(in.B, in.T, H, in.V),
           dg(in.B * in.T * H), dbeta(dg.count), from_start(dg.count),
           overlaps(slots(in) * H * overlap_parts(shape(in))), dlamb(slots(in) * H * in.K),
           end_kk(size_t(in.sequences()) * HS * in.K * in.K), end_kv(size_t(in.sequences()) * HS * in.K * in.V),
@@ -360,33 +359,40 @@ struct Pass {
                                    nullptr},
                                   nullptr), "chunk states");
     }
-    static constexpr Rows kNoRows{nullptr, 0, 0, 0, DType::f32, 0, 1};
-    void solve(const Rows& rhs, const Output& to, const Rows& rounded, const Rows& out, HardRows* hard_rows) const {
-        check(launch_solve({problem, rhs, keys(), gates(), lamb_pairs.data, states(), to.rows, rounded, values(), out,
-                            x.rows, from_start.data, steps.data, bound.data, H, max_iterations, tolerance, hard_rows},
-                           nullptr), "solve");
+    SolveArgs solve_args(Solve kind, const Rows& rhs, const Rows& to) const {
+        SolveArgs args{};
+        args.problem = problem, args.kind = kind, args.rhs = rhs, args.keys = keys(), args.values = values();
+        args.gates = gates(), args.lamb = lamb_pairs.data, args.states = states(), args.x = to, args.heads = H;
+        args.max_iterations = max_iterations, args.tolerance = tolerance;
+        return args;
     }
     bool float32() const { return k.rows.dtype == DType::f32; }
-    void solve_once() const { solve(q.rows, x, kNoRows, o.rows, float32() ? hard_rows.data : nullptr); }
+    void solve_once() const {
+        SolveArgs args = solve_args(Solve::forward, q.rows, x.rows);
+        args.out = o.rows, args.steps = steps.data, args.bound = bound.data;
+        args.hard_rows = float32() ? hard_rows.data : nullptr;
+        check(launch_solve(args, nullptr), "solve and read-out");
+    }
     void refine() const {
         const RefineArgs args{problem, q.rows, keys(), values(), gates(), lamb_pairs.data,
                               with_states ? start_kv.data : nullptr, with_states ? start_kk.data : nullptr,
                               hard_rows.data, x.rows, correction.rows, o.rows, H};
         check(launch_residuals(args, nullptr), "residuals");
-        check(launch_solve({problem, correction.rows, keys(), gates(), lamb_pairs.data, states(), correction.rows,
-                            kNoRows, kNoRows, kNoRows, kNoRows, nullptr, nullptr, nullptr, H, max_iterations,
-                            kCorrectionTolerance, hard_rows.data}, nullptr), "solve for a correction");
+        SolveArgs corrected = solve_args(Solve::correction, correction.rows, correction.rows);
+        corrected.tolerance = kCorrectionTolerance, corrected.hard_rows = hard_rows.data;
+        check(launch_solve(corrected, nullptr), "solve for a correction");
         check(launch_refined(args, nullptr), "refined read-out");
     }
     void solve_forward() const {
         solve_once();
         if (float32()) refine();
     }
-    void make_dx() const {
-        check(launch_dx({problem, d_o.rows, keys(), values(), gates(), states(), x.rows, dx.rows, from_start.data, H},
-                        nullptr), "dx");
+    void solve_backward() const {
+        SolveArgs args = solve_args(Solve::adjoint, d_o.rows, dq.rows);
+        args.rounded = rounded_rows(), args.forward_x = x.rows, args.from_start = from_start.data;
+        args.steps = steps.data, args.bound = bound.data;
+        check(launch_solve(args, nullptr), "solve (backward)");
     }
-    void solve_backward() const { solve(dx.rows, dq, rounded_rows(), kNoRows, nullptr); }
     void adjoint_states() const {
         check(launch_chunk_states({problem, x.rows, {d_o.rows, dq.rows}, gates(), with_states ? end_dkv.data : nullptr,
                                    with_states ? end_dkk.data : nullptr, dh_kv.data, dh_kk.data, adjoints(), H, H / HS,
@@ -420,7 +426,7 @@ struct Pass {
         void (Pass::*launch)() const;
     };
     static constexpr Stage stages[] = {
-        {"chunk states", &Pass::chunk_states}, {"solve and read-out", &Pass::solve_forward}, {"dx", &Pass::make_dx},
+        {"chunk states", &Pass::chunk_states}, {"solve and read-out", &Pass::solve_forward},
         {"solve (backward)", &Pass::solve_backward}, {"adjoint states", &Pass::adjoint_states},
         {"gradients", &Pass::gradients}};
 
