@@ -74,7 +74,11 @@ def measure_host(H, D, device):
         name: a[:, 0] if name != "lamb" else a for name, a in make_inputs(1, 1, H, D, D, torch.bfloat16, device).items()
     }
     state = start_state(1, H, D, device)
-    return host_us(lambda: mesa_decode_step(**token, state=state))
+    out = torch.empty_like(token["v"])
+    return {
+        "eager_host_us": host_us(lambda: mesa_decode_step(**token, state=state)),
+        "eager_host_us, out=": host_us(lambda: mesa_decode_step(**token, state=state, out=out)),
+    }
 
 
 def plot_batches(path, rows):
@@ -106,8 +110,8 @@ def main():
     print_table("mesa_decode_step, milliseconds a token" + (", CUDA-graph replay" if timer.cuda else ""), rows)
     extra = {}
     if timer.cuda:
-        extra["eager_host_us"] = measure_host(args.heads, args.widths[0], args.device)
-        print(f"\nPython side of an eager call: {extra['eager_host_us']:.1f} us")
+        extra = measure_host(args.heads, args.widths[0], args.device)
+        print("\nPython side of an eager call: " + ", ".join(f"{name} {us:.1f}" for name, us in extra.items()))
     plot_batches(args.plot, rows)
     write_json(args.json, decode=rows, **extra)
 

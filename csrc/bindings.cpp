@@ -29,7 +29,7 @@ TORCH_LIBRARY(mesa_ext, m) {
         "Tensor dh_kv)");
     m.def(
         "decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor lamb, Tensor(a!) h_kk, "
-        "Tensor(b!) h_kv, Tensor? state_indices, int max_cg_iterations, float cg_tol) -> Tensor o");
+        "Tensor(b!) h_kv, Tensor? state_indices, int max_cg_iterations, float cg_tol, Tensor(c!) out) -> ()");
 }
 
 namespace {

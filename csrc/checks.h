@@ -6,9 +6,11 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
@@ -194,12 +196,12 @@ inline void check_backward_inputs(const ProblemSize& p, const at::Tensor& q, con
 }
 
 // q [B,HQ,K], k [B,HK,K], v [B,HS,V], g and beta [B,HS], lamb [HS,K]; h_kk [P,HS,K,K] and h_kv [P,HS,K,V] contiguous;
-// state_indices int64 [B], or none with P = B. The result's N is P.
+// state_indices int64 [B], or none with P = B; out [B,max(HQ,HS),V]. The result's N is P.
 inline ProblemSize check_decode_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                        const at::Tensor& g, const at::Tensor& beta, const at::Tensor& lamb,
                                        const at::Tensor& h_kk, const at::Tensor& h_kv,
                                        const std::optional<at::Tensor>& state_indices, int64_t max_cg_iterations,
-                                       double cg_tol) {
+                                       double cg_tol, const at::Tensor& out) {
     detail::check_rank(q, "q", 3, "[B, heads, key width]");
     detail::check_rank(k, "k", 3, "[B, heads, key width]");
     detail::check_rank(v, "v", 3, "[B, heads, value width]");
@@ -228,8 +230,19 @@ inline ProblemSize check_decode_inputs(const at::Tensor& q, const at::Tensor& k,
                                   ", the number of states, got ", row[b]);
         }
     }
+    detail::check_device(out, "out", q);
+    detail::check_shape(out, "out", {p.B, p.HO, p.V}, "[B, output heads, value width]");
+    detail::check_dtype(out, "out", p.dtype, "the dtype of q");
+    TORCH_CHECK_VALUE((out.stride(2) == 1 || p.V == 1) && at::has_internal_overlap(out) != at::MemOverlap::Yes,
+                      "out must have rows of contiguous elements that do not overlap, got strides ", out.strides());
     detail::check_solver(max_cg_iterations, cg_tol);
     return p;
+}
+
+// Tells autograd, which is below no operator that writes in place, that these tensors are not what they were.
+inline void mark_written(std::initializer_list<at::Tensor> tensors) {
+    for (const at::Tensor& t : tensors)
+        if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace mesa

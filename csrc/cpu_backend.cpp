@@ -92,13 +92,13 @@ BackwardResult backward(const ProblemSize& p, const Inputs<T>& in, const Tensor&
 
 // One token for every sequence: the states are read, updated, written and kept at hand for the solve.
 template <typename T>
-Tensor decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& g_in,
+void decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& g_in,
               const Tensor& beta_in, const Tensor& lamb_in, const Tensor& h_kk, const Tensor& h_kv,
-              const optional<Tensor>& state_indices, Stop stop) {
+              const optional<Tensor>& state_indices, Stop stop, const Tensor& out) {
     const Tensor q = prepare<T>(q_in), k = prepare<T>(k_in), v = prepare<T>(v_in), g = prepare<T>(g_in),
                  beta = prepare<T>(beta_in);
     const Regulariser<T> lamb(prepare<T>(lamb_in));
-    const Tensor o = at::empty({p.B, p.HO, p.V}, q.options());
+    const Tensor o = out.is_contiguous() && p.dtype == p.compute ? out : at::empty({p.B, p.HO, p.V}, q.options());
     const Tensor indices = state_indices ? state_indices->contiguous() : Tensor();
     const Heads<T> q_heads(q), k_heads(k), v_heads(v), o_heads(o);
     const int64_t group = p.outputs_per_state();
@@ -130,7 +130,7 @@ Tensor decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, cons
             for (int64_t i = 0; i < group; ++i) std::copy_n(read.o.row(i), p.V, o_heads.at(b, head * group + i));
         }
     });
-    return o.to(p.dtype);
+    if (!o.is_same(out)) out.copy_(o);
 }
 
 // Calls f with a value of the compute dtype.
@@ -174,16 +174,17 @@ BackwardResult chunk_backward(const Tensor& grad_o, const optional<Tensor>& dh_k
     });
 }
 
-Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                   const Tensor& lamb, const Tensor& h_kk, const Tensor& h_kv, const optional<Tensor>& state_indices,
-                   int64_t max_cg_iterations, double cg_tol) {
+void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                 const Tensor& lamb, const Tensor& h_kk, const Tensor& h_kv, const optional<Tensor>& state_indices,
+                 int64_t max_cg_iterations, double cg_tol, const Tensor& out) {
     const ProblemSize p =
-        check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol);
-    return with_compute_type(p, [&](auto zero) {
+        check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol, out);
+    with_compute_type(p, [&](auto zero) {
         using T = decltype(zero);
-        return decode<T>(p, q, k, v, g, beta, lamb, h_kk, h_kv, state_indices,
-                         {static_cast<int>(max_cg_iterations), cg_tol});
+        decode<T>(p, q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, {static_cast<int>(max_cg_iterations), cg_tol},
+                  out);
     });
+    mark_written({h_kk, h_kv, out});
 }
 
 }  // namespace

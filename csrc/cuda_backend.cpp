@@ -347,27 +347,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
             sum_groups(end_kk, 1, p.HS, at::kFloat), sum_groups(end_kv, 1, p.HS, at::kFloat)};
 }
 
-Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                   const Tensor& lamb, const Tensor& h_kk, const Tensor& h_kv, const OptionalTensor& state_indices,
-                   int64_t max_cg_iterations, double cg_tol) {
+// t in memory where its rows are dense, which is all that the decode kernel asks of them.
+Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
+
+// t [B, heads, width], the only token of every sequence.
+Rows token_rows(const Tensor& t, int64_t heads, int64_t width) {
+    return {t.data_ptr(), t.stride(0), 0, t.stride(1), dtype_of(t), static_cast<int>(width),
+            static_cast<int>(heads / t.size(1))};
+}
+
+void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                 const Tensor& lamb, const Tensor& h_kk, const Tensor& h_kv, const OptionalTensor& state_indices,
+                 int64_t max_cg_iterations, double cg_tol, const Tensor& out) {
     const ProblemSize p =
-        check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol);
+        check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol, out);
     const c10::cuda::CUDAGuard guard(q.device());
     check_device_fits(p);
-    Tensor o = at::empty({p.B, p.HO, p.V}, q.options());
-    // The decode kernel reads element by element and needs no padding, only dense rows.
-    const auto token = [](const Tensor& t) { return (t.stride(-1) == 1 ? t : t.contiguous()).unsqueeze(1); };
-    const Tensor q1 = token(q), k1 = token(k), v1 = token(v), g1 = g.contiguous(), beta1 = beta.contiguous(),
-                 lamb1 = lamb.contiguous();
+    const Tensor q1 = with_dense_rows(q), k1 = with_dense_rows(k), v1 = with_dense_rows(v), g1 = g.contiguous(),
+                 beta1 = beta.contiguous(), lamb1 = lamb.contiguous();
     const OptionalTensor indices = contiguous(state_indices);
     C10_CUDA_CHECK(launch_decode(
-        {rows_of(q1, p.HO, p.K), rows_of(k1, p.HS, p.K), rows_of(v1, p.HS, p.V), rows_of(o.unsqueeze(1), p.HO, p.V),
+        {token_rows(q1, p.HO, p.K), token_rows(k1, p.HS, p.K), token_rows(v1, p.HS, p.V), token_rows(out, p.HO, p.V),
          g1.const_data_ptr<float>(), beta1.const_data_ptr<float>(), lamb1.const_data_ptr<float>(),
          h_kk.data_ptr<float>(), h_kv.data_ptr<float>(), indices ? indices->const_data_ptr<int64_t>() : nullptr, p.N,
          static_cast<int>(p.B), static_cast<int>(p.HS), static_cast<int>(p.HO), static_cast<int>(p.K),
          static_cast<int>(p.V), static_cast<int>(max_cg_iterations), static_cast<float>(cg_tol)},
         at::cuda::getCurrentCUDAStream()));
-    return o;
+    mark_written({h_kk, h_kv, out});
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mesa_ext.ops import chunk_forward, compute_dtype
+from mesa_ext.ops import chunk_forward, compute_dtype, decode_step
 from mesa_ext.state import MesaState
 
 # The rounding of the inputs themselves is near 1e-3 in 16 bits and 1e-7 in float32: solving further buys nothing.
@@ -196,6 +196,7 @@ def mesa_decode_step(
     cg_tol: float | None = None,
     use_qk_l2norm: bool = False,
     state_indices: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One token for each of B sequences, as :func:`mesa_attention` would compute it; ``state`` is updated in place.
 
@@ -212,9 +213,11 @@ def mesa_decode_step(
         state_indices: which row of the state each sequence owns, ``[B]`` (int32 or int64) on q's device; -1 skips the
             sequence: its output is zero. No other row of the state is touched. Rows must not repeat (-1 may). An index
             out of range is an error on the CPU, and skipped on CUDA, where looking would take a synchronisation.
+        out: where the result goes, ``[B, max(HQ, HS), V]`` in the dtype of q (autocast's, under autocast), with rows of
+            V contiguous elements and any other strides; it shares no memory with an argument. New memory if None.
 
     Returns:
-        ``o [B, max(HQ, HS), V]`` in the dtype of q.
+        ``o [B, max(HQ, HS), V]`` in the dtype of q; ``out`` itself if it was given.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`mesa_attention`; nothing has been written then. RuntimeError also
@@ -228,7 +231,10 @@ def mesa_decode_step(
     """
     _check_tensors("mesa_decode_step", q, k, v, g, beta, lamb)
     h_kk, h_kv = _state_pair("mesa_decode_step", "state", state)
-    if torch.is_grad_enabled() and any(a.requires_grad for a in (q, k, v, g, beta, lamb, h_kk, h_kv)):
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"mesa_decode_step: out must be a torch.Tensor, got {type(out).__name__}")
+    arguments = (q, k, v, g, beta, lamb, h_kk, h_kv, out)
+    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments):
         raise RuntimeError(
             "mesa_decode_step: computes no gradients, but an argument requires one: "
             "call it under torch.no_grad(), or use mesa_attention"
@@ -245,8 +251,10 @@ def mesa_decode_step(
     if cg_tol is None:
         cg_tol = _CG_TOL.get(q.dtype, 0.0)
     gates = _as_computed(q, g, beta, lamb)
-    o = torch.ops.mesa_ext.decode_step(q, k, v, *gates, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol)
-    # So that autograd refuses to use a state that it saved and that has been overwritten since.
-    if not (torch.compiler.is_compiling() or h_kk.is_inference() or h_kv.is_inference()):
-        torch.autograd.graph.increment_version((h_kk, h_kv))
-    return o
+    if out is None:
+        out = q  # of a wrong rank, for the operator to report
+        if q.ndim == 3 and v.ndim == 3:
+            (batch, q_heads, _), (_, heads, width) = q.shape, v.shape
+            out = q.new_empty((batch, max(q_heads, heads), width))
+    decode_step(q, k, v, *gates, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol, out)
+    return out

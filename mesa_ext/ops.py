@@ -56,8 +56,11 @@ def _chunk_backward_fake(
 
 
 @torch.library.register_fake("mesa_ext::decode_step")
-def _decode_step_fake(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol):
-    return q.new_empty(q.shape[0], max(q.shape[1], v.shape[1]), v.shape[2])
+def _decode_step_fake(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol, out):
+    pass
+
+
+decode_step = torch.ops.mesa_ext.decode_step.default  # looking it up takes time in every step
 
 
 def _save_for_backward(ctx, inputs, output):

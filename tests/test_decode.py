@@ -221,6 +221,27 @@ def test_inference_mode(device):
         assert torch.equal(step(inputs, copy(inputs.initial_state)), expected)
 
 
+def test_a_place_for_the_result(device):
+    for dtype in dtypes(device):
+        inputs = draw("random", device, dtype, B=3, T=1, heads=(4, 1, 2), K=16, V=6, context=20)
+        states = [copy(inputs.initial_state) for _ in range(4)]
+        expected = step(inputs, states[0])
+        # Contiguous, one token of [B, T, heads, V], and heads outermost.
+        shapes = [(3, 4, 6), (3, 5, 4, 6), (4, 3, 6)]
+        contiguous, tokens, heads_first = (expected.new_zeros(shape) for shape in shapes)
+        places = contiguous, tokens[:, 2], heads_first.transpose(0, 1)
+        for place, state in zip(places, states[1:]):
+            version = place._version
+            assert step(inputs, state, out=place) is place and place._version > version
+            assert torch.equal(place, expected)
+            assert torch.equal(state.h_kk, states[0].h_kk) and torch.equal(state.h_kv, states[0].h_kv)
+        whole = expected.new_full((3, 5, 4, 7), 7.0)
+        step(inputs, copy(inputs.initial_state), out=whole[:, 2, :, :6])
+        assert torch.equal(whole[:, 2, :, :6], expected)
+        whole[:, 2, :, :6] = 7
+        assert (whole == 7).all()
+
+
 def test_l2norm(device):
     inputs = draw("random", device, torch.float32, B=2, T=1, K=16, V=8, context=20)
     expected = step(inputs, copy(inputs.initial_state))

@@ -67,7 +67,8 @@ def test_opcheck_decode(device, rows):
     inputs = draw("random", device, torch.float32, B=2, T=1, heads=(4, 1, 2), K=8, V=5)
     state = MesaState.zeros(2 if rows is None else 4, 2, 8, 5, device=device)
     indices = None if rows is None else torch.tensor(rows, device=device)
-    arguments = *(a[:, 0] for a in inputs.tokens()), inputs.lamb, *state, indices, *SOLVER
+    out = inputs.v.new_empty(2, 4, 5)
+    arguments = *(a[:, 0] for a in inputs.tokens()), inputs.lamb, *state, indices, *SOLVER, out
     torch.library.opcheck(torch.ops.mesa_ext.decode_step.default, arguments)
 
 
@@ -106,10 +107,13 @@ def test_compile_decode(device):
     token = [a[:, 0] for a in inputs.tokens()]
     states = [MesaState(*(h.clone() for h in inputs.initial_state)) for _ in range(2)]
     compiled = torch.compile(mesa_decode_step, fullgraph=True, backend="aot_eager")
+    place = inputs.v.new_empty(2, 2, 5)
     with torch.no_grad():
-        for _ in range(2):
-            outputs = [f(*token, inputs.lamb, s) for f, s in zip((mesa_decode_step, compiled), states)]
-            assert torch.equal(*outputs) and torch.equal(states[0].h_kk, states[1].h_kk)
+        for out in (None, None, place, place):
+            expected = mesa_decode_step(*token, inputs.lamb, states[0])
+            o = compiled(*token, inputs.lamb, states[1], out=out)
+            assert torch.equal(o, expected) and torch.equal(states[0].h_kk, states[1].h_kk)
+            assert out is None or torch.equal(place, expected)
             assert not torch.equal(states[0].h_kk, inputs.initial_state.h_kk)
 
 
