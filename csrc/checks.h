@@ -14,6 +14,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace mesa {
 
@@ -178,6 +179,34 @@ inline ProblemSize check_chunk_inputs(const at::Tensor& q, const at::Tensor& k, 
     }
     detail::check_solver(max_cg_iterations, cg_tol);
     return p;
+}
+
+// state_at int64 [N] or [N,M], numbers of tokens from the beginning of each sequence, or none.
+inline void check_state_at(const ProblemSize& p, const at::Tensor& q, const std::optional<at::Tensor>& cu_seqlens,
+                           const std::optional<at::Tensor>& state_at) {
+    if (!state_at) return;
+    detail::check_device(*state_at, "state_at", q);
+    detail::check_dtype(*state_at, "state_at", at::kLong, "numbers of tokens");
+    TORCH_CHECK_VALUE((state_at->dim() == 1 || state_at->dim() == 2) && state_at->size(0) == p.N,
+                      "state_at must have shape [sequences] or [sequences, states], of ", p.N, " sequences, got ",
+                      state_at->sizes());
+    if (!state_at->is_cpu()) return;
+    const at::Tensor counts = state_at->contiguous();
+    const at::Tensor offsets = cu_seqlens ? cu_seqlens->contiguous() : at::Tensor();
+    const int64_t each = p.N ? counts.numel() / p.N : 0;
+    for (int64_t i = 0; i < counts.numel(); ++i) {
+        const int64_t* const bounds = cu_seqlens ? offsets.const_data_ptr<int64_t>() + i / each : nullptr;
+        const int64_t length = bounds ? bounds[1] - bounds[0] : p.T, count = counts.const_data_ptr<int64_t>()[i];
+        TORCH_CHECK_VALUE(count >= 0 && count <= length, "state_at must lie between 0 and the length of the sequence, ",
+                          length, " for sequence ", i / each, ", got ", count);
+    }
+}
+
+// Shape of the states that a chunked call returns, [N, HS, K, width] or, with state_at [N,M], [N, M, HS, K, width].
+inline std::vector<int64_t> state_shape(const ProblemSize& p, const std::optional<at::Tensor>& state_at,
+                                        int64_t width) {
+    if (state_at && state_at->dim() == 2) return {p.N, state_at->size(1), p.HS, p.K, width};
+    return {p.N, p.HS, p.K, width};
 }
 
 // What chunk_backward takes on top: do [B,T,HO,V] in q's dtype, x [B,T,HO,K] and dh_*_final [N,HS,K,..] (each optional)

@@ -11,6 +11,7 @@
 #include "cpu/adjoint.h"
 #include "cpu/forward.h"
 #include "cpu/gradient.h"
+#include "cpu/state_at.h"
 
 namespace mesa::cpu {
 namespace {
@@ -146,12 +147,20 @@ Tensor nothing_like(const Tensor& t) { return at::empty({0}, t.options()); }
 ForwardResult chunk_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
                             const Tensor& lamb, const optional<Tensor>& h_kk, const optional<Tensor>& h_kv,
                             const optional<Tensor>& cu_seqlens, int64_t max_cg_iterations, double cg_tol,
-                            bool solution, bool final_state, bool solver_info) {
+                            bool solution, bool final_state, bool solver_info, const optional<Tensor>& state_at) {
     const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
+    check_state_at(p, q, cu_seqlens, state_at);
     ForwardResult result = with_compute_type(p, [&](auto zero) {
         using T = decltype(zero);
         const Inputs<T> in(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
-        return forward<T>(p, in, q, {static_cast<int>(max_cg_iterations), cg_tol});
+        ForwardResult result = forward<T>(p, in, q, {static_cast<int>(max_cg_iterations), cg_tol});
+        if (state_at && final_state) {
+            Tensor &kk = std::get<2>(result), &kv = std::get<3>(result);
+            kk = at::empty(state_shape(p, state_at, p.K), kk.options());
+            kv = at::empty(state_shape(p, state_at, p.V), kv.options());
+            make_states_at<T>(p, in, *state_at, kk.data_ptr<T>(), kv.data_ptr<T>());
+        }
+        return result;
     });
     auto& [o, x, h_kk_final, h_kv_final, steps, bound] = result;
     if (!solution) x = nothing_like(x);
