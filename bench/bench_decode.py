@@ -56,6 +56,9 @@ def measure(B, H, D, args, timer):
     row["ms"] = run(lambda **token: mesa_decode_step(**token, state=state))
     row["30 steps ms"] = run(lambda **token: mesa_decode_step(**token, state=state, max_cg_iterations=30, cg_tol=0.0))
     row["GB/s"] = traffic / row["ms"] / 1e6
+    packed = state.packed()
+    row["packed ms"] = run(lambda **token: mesa_decode_step(**token, state=packed))
+    row["packed GB/s"] = 2 * sum(h.nbytes for h in packed) / row["packed ms"] / 1e6
     if timer.cuda:
         row["floor ms"] = 1e3 * traffic / PEAK_BYTES
         row["bandwidth share"] = row["floor ms"] / row["ms"]
@@ -112,6 +115,7 @@ def plot_batches(path, rows):
     columns = {
         "mesa_ext": "ms",
         "mesa_ext, exactly 30 steps": "30 steps ms",
+        "mesa_ext, packed state": "packed ms",
         "fla, 30 steps": "fla ms",
         "memory floor": "floor ms",
     }

@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "packed.h"
+
 namespace mesa {
 
 // Resolved sizes of a call. Output head o uses state head o / (HO / HS) and query head o / (HO / HQ);
@@ -224,7 +226,11 @@ inline void check_backward_inputs(const ProblemSize& p, const at::Tensor& q, con
     if (dh_kv_final) detail::check_state(p, q, *dh_kv_final, "dh_kv_final", p.V);
 }
 
-// q [B,HQ,K], k [B,HK,K], v [B,HS,V], g and beta [B,HS], lamb [HS,K]; h_kk [P,HS,K,K] and h_kv [P,HS,K,V] contiguous;
+// Whether an h_kk with one row a sequence is packed.
+inline bool is_packed(const at::Tensor& h_kk) { return h_kk.dim() == 5; }
+
+// q [B,HQ,K], k [B,HK,K], v [B,HS,V], g and beta [B,HS], lamb [HS,K]; h_kk [P,HS,K,K], or [P,HS,packed_tiles(K),16,16],
+// and h_kv [P,HS,K,V] contiguous;
 // state_indices int64 [B], or none with P = B; out [B,max(HQ,HS),V]. The result's N is P.
 inline ProblemSize check_decode_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                        const at::Tensor& g, const at::Tensor& beta, const at::Tensor& lamb,
@@ -239,9 +245,18 @@ inline ProblemSize check_decode_inputs(const at::Tensor& q, const at::Tensor& k,
     detail::check_shape(k, "k", {p.B, p.HK, p.K}, "[B, heads of k, key width of q]");
     detail::check_shape(v, "v", {p.B, p.HS, p.V}, "[B, heads of v, value width]");
     detail::check_gates(p, q, g, beta, lamb, {p.B, p.HS}, "[B, heads of v]");
-    detail::check_rank(h_kk, "h_kk", 4, "[states, heads of v, key width, key width]");
+    if (!is_packed(h_kk)) detail::check_rank(h_kk, "h_kk", 4, "[states, heads of v, key width, key width]");
     p.N = state_indices ? h_kk.size(0) : p.B;
-    detail::check_state(p, q, h_kk, "h_kk", p.K);
+    if (is_packed(h_kk)) {
+        detail::check_device(h_kk, "h_kk", q);
+        detail::check_shape(h_kk, "h_kk", {p.N, p.HS, packed_tiles(p.K), kTile, kTile},
+                            "[states, heads of v, tiles, 16, 16]");
+        detail::check_dtype(h_kk, "h_kk", p.compute, "the compute dtype: float64 for float64 q, else float32");
+        TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(h_kk.const_data_ptr()) % 16 == 0 || q.is_cpu(),
+                          "packed h_kk must start at a multiple of 16 bytes");
+    } else {
+        detail::check_state(p, q, h_kk, "h_kk", p.K);
+    }
     detail::check_state(p, q, h_kv, "h_kv", p.V);
     TORCH_CHECK_VALUE(h_kk.is_contiguous(), "h_kk must be contiguous (it is updated in place), got strides ",
                       h_kk.strides());

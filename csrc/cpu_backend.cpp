@@ -103,6 +103,7 @@ void decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, const 
     const Tensor indices = state_indices ? state_indices->contiguous() : Tensor();
     const Heads<T> q_heads(q), k_heads(k), v_heads(v), o_heads(o);
     const int64_t group = p.outputs_per_state();
+    const bool packed = is_packed(h_kk);
     at::parallel_for(0, p.B * p.HS, 1, [&](int64_t begin, int64_t end) {
         Matrix<T> H(p.K, p.K), G(p.K, p.V);
         Solver<T> solver(group, p.K);
@@ -119,11 +120,20 @@ void decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, const 
             }
             const T decay = std::exp(g.const_data_ptr<T>()[task]), gate = beta.const_data_ptr<T>()[task];
             const T *const key = k_heads.at(b, k_heads.of_state(p, head)), *const value = v_heads.at(b, head);
-            const int64_t first_row = (index * p.HS + head) * p.K;
-            for (int64_t i = 0; i < p.K; ++i) {
-                update(h_kk.data_ptr<T>() + (first_row + i) * p.K, p.K, decay, gate * key[i], key, H.row(i));
-                update(h_kv.data_ptr<T>() + (first_row + i) * p.V, p.V, decay, gate * key[i], value, G.row(i));
-            }
+            const int64_t state = index * p.HS + head;
+            for (int64_t i = 0; i < p.K; ++i)
+                update(h_kv.data_ptr<T>() + (state * p.K + i) * p.V, p.V, decay, gate * key[i], value, G.row(i));
+            for (int64_t i = 0; i < p.K && !packed; ++i)
+                update(h_kk.data_ptr<T>() + (state * p.K + i) * p.K, p.K, decay, gate * key[i], key, H.row(i));
+            T* tile = h_kk.data_ptr<T>() + state * packed_tiles(p.K) * kTile * kTile;
+            for (int64_t i = 0; i < p.K && packed; i += kTile)
+                for (int64_t j = i; j < p.K; j += kTile, tile += kTile * kTile) {
+                    const int64_t rows = std::min<int64_t>(kTile, p.K - i), width = std::min<int64_t>(kTile, p.K - j);
+                    const View<T> here = H.rows_from(i).columns_from(j);
+                    for (int64_t r = 0; r < rows; ++r)
+                        update(tile + r * kTile, width, decay, gate * key[i + r], key + j, here.row(r));
+                    if (j > i) transpose(here, rows, width, H.rows_from(j).columns_from(i));
+                }
             const auto query = [&](int i) { return q_heads.at(b, (head * group + i) / p.outputs_per_query()); };
             for (int64_t i = 0; i < group; ++i) std::copy_n(query(i), p.K, solver.b.row(i));
             solver.run(nullptr, H, lamb.lamb.row(head), lamb.inverse.row(head), group, stop);

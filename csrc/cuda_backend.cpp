@@ -241,8 +241,8 @@ Rows token_rows(const Tensor& t, int64_t heads, int64_t width) {
 // The decode kernel on tokens [B, T, ...] or [B, ...].
 void decode(const ProblemSize& p, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& g_,
             const Tensor& beta_, const Tensor& lamb_, const float* start_kk, const float* start_kv, float* end_kk,
-            float* end_kv, const OptionalTensor& state_indices, int* steps, float* bound, int64_t max_cg_iterations,
-            double cg_tol, const Tensor& out) {
+            float* end_kv, bool packed, const OptionalTensor& state_indices, int* steps, float* bound,
+            int64_t max_cg_iterations, double cg_tol, const Tensor& out) {
     check_device_fits(p);
     const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_), g = g_.contiguous(),
                  beta = beta_.contiguous(), lamb = lamb_.contiguous();
@@ -250,7 +250,7 @@ void decode(const ProblemSize& p, const Tensor& q_, const Tensor& k_, const Tens
     C10_CUDA_CHECK(launch_decode(
         {token_rows(q, p.HO, p.K), token_rows(k, p.HS, p.K), token_rows(v, p.HS, p.V), token_rows(out, p.HO, p.V),
          g.const_data_ptr<float>(), beta.const_data_ptr<float>(), lamb.const_data_ptr<float>(), start_kk, start_kv,
-         end_kk, end_kv, indices ? indices->const_data_ptr<int64_t>() : nullptr, p.N, steps, bound,
+         end_kk, end_kv, packed, indices ? indices->const_data_ptr<int64_t>() : nullptr, p.N, steps, bound,
          static_cast<int>(p.B), static_cast<int>(p.T), static_cast<int>(p.HS), static_cast<int>(p.HO),
          static_cast<int>(p.K), static_cast<int>(p.V), static_cast<int>(max_cg_iterations), static_cast<float>(cg_tol)},
         at::cuda::getCurrentCUDAStream()));
@@ -300,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
     // Which way a call goes may not depend on the batch; float32 may want refining, and packed lengths are not known.
     if (p.dtype != at::kFloat && !cu_seqlens && p.T >= 1 && p.T <= kPieceTokens && !solution) {
         const Tensor o = at::empty({p.B, p.T, p.HO, p.V}, q_.options());
-        decode(p, q_, k, v, g, beta, lamb, floats(h_kk), floats(h_kv), last_kk, last_kv, std::nullopt,
+        decode(p, q_, k, v, g, beta, lamb, floats(h_kk), floats(h_kv), last_kk, last_kv, false, std::nullopt,
                data_or_null<int>(steps), data_or_null<float>(bound), max_cg_iterations, cg_tol, o);
         return {o, at::empty({0}, f32), end_kk, end_kv, steps, bound};
     }
@@ -413,7 +413,8 @@ void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
         check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol, out);
     const c10::cuda::CUDAGuard guard(q.device());
     float *const kk = h_kk.data_ptr<float>(), *const kv = h_kv.data_ptr<float>();
-    decode(p, q, k, v, g, beta, lamb, kk, kv, kk, kv, state_indices, nullptr, nullptr, max_cg_iterations, cg_tol, out);
+    decode(p, q, k, v, g, beta, lamb, kk, kv, kk, kv, is_packed(h_kk), state_indices, nullptr, nullptr,
+           max_cg_iterations, cg_tol, out);
     mark_written({h_kk, h_kv, out});
 }
 

@@ -11,6 +11,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include "packed.h"
+
 namespace mesa {
 
 constexpr int kChunk = 64;               // tokens of a chunk, and width and height of a panel
@@ -202,6 +204,7 @@ struct DecodeArgs {
     const float* start_kv;  // [pool, HS, K, V]  }
     float* end_kk;  // the states after them, which may be in the same place, or null
     float* end_kv;
+    bool packed;  // start_kk and end_kk, then the same: [pool, HS, packed_tiles(K), 16, 16], see packed.h; T = 1
     const int64_t* state_indices;  // [B] rows of the pool, or null
     int64_t pool;
     int* steps;    // [B, T, HO] or null

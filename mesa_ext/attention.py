@@ -138,7 +138,7 @@ def mesa_attention(
         beta: input gate of each token, ``[B, T, HS]``, at least 0.
         lamb: diagonal regulariser ``[HS, K]``, above 0.
         initial_state: the :class:`MesaState` to start from (N rows, float32, or float64 if q is float64), with a
-            symmetric ``h_kk``; zeros if None. It is not modified.
+            symmetric ``h_kk``, packed or not; zeros if None. It is not modified.
         output_final_state: whether to return the state after the last token of each sequence.
         state_at: after how many tokens of each sequence to return its state instead, ``[N]`` or ``[N, M]`` (int32 or
             int64): the number of tokens of a draft that were accepted, say, or ``0, 1, .. T`` for the state after every
@@ -160,15 +160,15 @@ def mesa_attention(
         ``(o, state)``, or ``(o, state, info)`` if ``return_solver_info``. ``o [B, T, HO, V]`` has the dtype of q and
         HO = max(HQ, HS) heads. HQ is a multiple of HS (grouped queries) or divides it (grouped values): output head h
         uses state head ``h // (HO // HS)`` and query head ``h // (HO // HQ)``. ``state`` is a :class:`MesaState` that
-        shares no memory with ``initial_state``, or None without ``output_final_state``; with ``state_at [N, M]`` its
-        tensors are ``[N, M, HS, K, K]`` and ``[N, M, HS, K, V]``.
+        shares no memory with ``initial_state`` and is packed if that is, or None without ``output_final_state``; with
+        ``state_at [N, M]`` its tensors are ``[N, M, HS, K, K]`` and ``[N, M, HS, K, V]``.
 
         Under ``torch.autocast``, q, k and v are cast to its dtype.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument has the wrong type, rank, shape, dtype, device or value; the
-            message names the argument, what was expected and what came. Differentiating twice is a RuntimeError too, as is
-        asking for the gradient of what depends on the states of ``state_at``.
+            message names the argument, what was expected and what came. Differentiating twice is a RuntimeError too,
+            and so is asking for the gradient of what depends on the states of ``state_at``.
 
     Example::
 
@@ -186,8 +186,11 @@ def mesa_attention(
     _check_tensors("mesa_attention", q, k, v, g, beta, lamb)
     q, k, v = _autocast(q, k, v)
     h_kk = h_kv = None
+    packed = False
     if initial_state is not None:
-        h_kk, h_kv = _state_pair("mesa_attention", "initial_state", initial_state)
+        start = MesaState(*_state_pair("mesa_attention", "initial_state", initial_state))
+        packed = start.is_packed
+        h_kk, h_kv = start.full()
     if cu_seqlens is not None:
         cu_seqlens = _sequence_bounds(cu_seqlens, q)
     if state_at is not None:
@@ -201,7 +204,10 @@ def mesa_attention(
         q, k, v, *gates, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol,
         final_state=output_final_state, solver_info=return_solver_info, state_at=state_at,
     )  # fmt: skip
-    state = MesaState(h_kk, h_kv) if output_final_state else None
+    state = None
+    if output_final_state:
+        state = MesaState(h_kk, h_kv)
+        state = state.packed() if packed else state
     return (o, state, SolverInfo(steps, error_bound)) if return_solver_info else (o, state)
 
 
@@ -229,8 +235,9 @@ def mesa_decode_step(
         q, k, v: ``[B, HQ, K]``, ``[B, HK, K]``, ``[B, HS, V]``; heads, dtypes and strides as in :func:`mesa_attention`.
         g, beta: log decay and input gate ``[B, HS]`` in any floating dtype.
         lamb: diagonal regulariser ``[HS, K]`` in any floating dtype.
-        state: :class:`MesaState` of contiguous tensors, ``h_kk [P, HS, K, K]`` and ``h_kv [P, HS, K, V]``, in float32
-            (float64 if q is float64). **Updated in place.** P = B without ``state_indices``.
+        state: :class:`MesaState` of contiguous tensors, ``h_kk [P, HS, K, K]`` or packed, ``h_kv [P, HS, K, V]``, in
+            float32 (float64 if q is float64). **Updated in place.** P = B without ``state_indices``. A packed one makes
+            22 % less memory traffic at K = V = 128.
         max_cg_iterations, cg_tol, use_qk_l2norm: as in :func:`mesa_attention`.
         state_indices: which row of the state each sequence owns, ``[B]`` (int32 or int64) on q's device; -1 skips the
             sequence: its output is zero. No other row of the state is touched. Rows must not repeat (-1 may). An index

@@ -100,10 +100,16 @@ __device__ __forceinline__ void store_state_row(float* to, const float (&v)[N], 
     }
 }
 
-// With Piece, T tokens from a state that may be none to one that may be none; otherwise one token in place.
-template <int KP, bool Aligned, bool Piece>
-__global__ void __launch_bounds__(kWarps * 32, KP == 64 && !Piece ? 3 : 2)
+enum class Kind {
+    step,         // one token in place
+    packed_step,  // the same with H packed
+    piece,        // T tokens, from a state that may be none to one that may be none
+};
+
+template <int KP, bool Aligned, Kind kind>
+__global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ? 3 : 2)
     decode_kernel(const __grid_constant__ DecodeArgs a) {
+    constexpr bool Piece = kind == Kind::piece, Packed = kind == Kind::packed_step;
     constexpr int kRows = KP / kWarps, kCols = KP / 32;
     constexpr int kSharers = 32 / kRows;  // lanes to an element of the warp's own rows
     __shared__ Shared<KP> shared;
@@ -150,7 +156,34 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && !Piece ? 3 : 2)
     float h[kRows][kCols];
     const int h_rows = col < a.K ? a.K - first_row : 0;  // of which the lane has elements
     const auto h_first = [&] { return (state() * a.K + first_row) * a.K + col; };
-    {
+    // Packed, a warp's rows and the lane's columns are in one tile; below the diagonal, as columns and rows of another.
+    const int row_tile = first_row / kTile, col_tile = col / kTile;
+    const auto tile = [&](int i, int j) {  // i <= j
+        return (state() * packed_tiles(a.K) + packed_tile(a.K, i, j)) * kTile * kTile;
+    };
+    const bool in_tiles = max(row_tile, col_tile) * kTile < a.K;
+    if constexpr (Packed) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+            for (int e = 0; e < kCols; ++e) h[r][e] = 0.f;
+        if (in_tiles && row_tile <= col_tile) {
+            const float* const from = a.start_kk + tile(row_tile, col_tile) + first_row % kTile * kTile + col % kTile;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) load_vector(h[r], from + r * kTile);
+        } else if (in_tiles) {
+            const float* const from = a.start_kk + tile(col_tile, row_tile) + col % kTile * kTile + first_row % kTile;
+#pragma unroll
+            for (int e = 0; e < kCols; ++e)
+#pragma unroll
+                for (int r = 0; r < kRows; r += 4) {
+                    float part[4];
+                    load_vector(part, from + e * kTile + r);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) h[r + i][e] = part[i];
+                }
+        }
+    } else {
         const bool from_zero = Piece && !a.start_kk;
         const float* h_row = ptx::opaque_global(a.start_kk + h_first());
 #pragma unroll
@@ -194,17 +227,21 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && !Piece ? 3 : 2)
         const float decay = sm.decay, beta = sm.beta;
         float k[kCols];
         load_vector(k, &sm.k[col]);
-        const int rows_to_store = ptx::opaque(last && a.end_kk ? h_rows : 0);  // kept, predicates would fill registers
-        float* h_row = ptx::opaque_global(a.end_kk + h_first());
+        // Kept, the predicates would fill registers. Tiles are stored whole, by those that have them as they lie.
+        const int rows_here = Packed ? (in_tiles && row_tile <= col_tile ? kRows : 0) : h_rows;
+        const int rows_to_store = ptx::opaque(last && a.end_kk ? rows_here : 0);
+        float* h_row = ptx::opaque_global(
+            a.end_kk +
+            (Packed ? tile(row_tile, col_tile) + first_row % kTile * kTile + col % kTile : h_first()));
 #pragma unroll
         for (int r = 0; r < kRows; r += 4) {
             float k_row[4];
             load_vector(k_row, &sm.k[first_row + r]);
 #pragma unroll
-            for (int i = 0; i < 4; ++i, h_row = ptx::opaque_global(h_row + a.K)) {
+            for (int i = 0; i < 4; ++i, h_row = ptx::opaque_global(h_row + (Packed ? kTile : a.K))) {
 #pragma unroll
                 for (int e = 0; e < kCols; ++e) h[r + i][e] = fmaf(decay, h[r + i][e], beta * (k_row[i] * k[e]));
-                if (r + i < rows_to_store) store_state_row<Aligned>(h_row, h[r + i], a.K - col);
+                if (r + i < rows_to_store) store_state_row<Aligned || Packed>(h_row, h[r + i], a.K - col);
             }
         }
     };
@@ -388,16 +425,20 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && !Piece ? 3 : 2)
 template <int KP, bool Aligned>
 cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
     const bool step = a.T == 1 && a.end_kk && a.start_kk == a.end_kk && a.start_kv == a.end_kv && !a.steps && !a.bound;
-    return launch(step ? decode_kernel<KP, Aligned, false> : decode_kernel<KP, Aligned, true>, a, int64_t(a.B) * a.HS,
-                  KP * kMaxWidth * sizeof(float), stream, kWarps * 32);
+    const auto kernel = a.packed ? decode_kernel<KP, Aligned, Kind::packed_step>
+                        : step   ? decode_kernel<KP, Aligned, Kind::step>
+                                 : decode_kernel<KP, Aligned, Kind::piece>;
+    if (a.packed && !step) return cudaErrorInvalidValue;
+    return launch(kernel, a, int64_t(a.B) * a.HS, KP * kMaxWidth * sizeof(float), stream, kWarps * 32);
 }
 
 template <int KP>
 cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
-    bool aligned = a.K % (KP / 32) == 0 && a.V % 4 == 0;
-    for (const float* state : {a.start_kk, a.start_kv, static_cast<const float*>(a.end_kk),
-                               static_cast<const float*>(a.end_kv)})
-        aligned = aligned && reinterpret_cast<uintptr_t>(state) % 16 == 0;
+    const auto multiple_of_16 = [](const float* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+    const bool kk_aligned = multiple_of_16(a.start_kk) && multiple_of_16(a.end_kk);
+    const bool kv_aligned = multiple_of_16(a.start_kv) && multiple_of_16(a.end_kv) && a.V % 4 == 0;
+    if (a.packed && !kk_aligned) return cudaErrorMisalignedAddress;
+    const bool aligned = kv_aligned && kk_aligned && (a.packed || a.K % (KP / 32) == 0);
     return aligned ? launch_decode_kernel<KP, true>(a, stream) : launch_decode_kernel<KP, false>(a, stream);
 }
 

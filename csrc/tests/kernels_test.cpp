@@ -545,6 +545,26 @@ bool test_hard_rows(int K, int V, std::vector<int64_t> bounds, int group = 1) {
                   {{"o", pass.o.doubles(), e.o}, {"x", pass.x.doubles(), e.x}}, 2e-5);
 }
 
+template <typename T>
+bool equal(const Array<T>& a, const Array<T>& b) {
+    const std::vector<T> x = a.host(), y = b.host();
+    return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
+}
+
+// The tiles of symmetric matrices [.., K, K].
+Vec packed(const Vec& full, int K) {
+    const int rows = static_cast<int>(tile_rows(K));
+    Vec out;
+    for (size_t first = 0; first < full.size(); first += size_t(K) * K)
+        for (int i = 0; i < rows; ++i)
+            for (int j = i; j < rows; ++j)
+                for (int e = 0; e < kTile * kTile; ++e) {
+                    const int row = i * kTile + e / kTile, col = j * kTile + e % kTile;
+                    out.push_back(row < K && col < K ? full[first + row * K + col] : 0);
+                }
+    return out;
+}
+
 // Decode takes sequences of one token: rows 2 and 0 of a pool of three; the middle one of three sequences is skipped.
 bool test_decode(int K, int V, DType dtype, int group = 1) {
     const int HS = 2, H = HS * group, B = 3, pool = 3;
@@ -569,21 +589,24 @@ bool test_decode(int K, int V, DType dtype, int group = 1) {
                  h_kv = floats(pooled(in.h_kv));
     Output o(B, 1, H, V, V);
     Array<int64_t> state_indices(indices);
-    check(launch_decode({q.rows, k.rows, v.rows, o.rows, g.data, beta.data, lamb.data, h_kk.data, h_kv.data, h_kk.data,
-                         h_kv.data, state_indices.data, pool, nullptr, nullptr, B, 1, HS, H, K, V, 50, 1e-5f}, nullptr),
-          "decode");
+    DecodeArgs args{q.rows, k.rows, v.rows, o.rows, g.data, beta.data, lamb.data, h_kk.data, h_kv.data, h_kk.data,
+                    h_kv.data, false, state_indices.data, pool, nullptr, nullptr, B, 1, HS, H, K, V, 50, 1e-5f};
+    check(launch_decode(args, nullptr), "decode");
+
+    Array<float> packed_kk = floats(packed(pooled(in.h_kk), K)), other_kv = floats(pooled(in.h_kv));
+    Output other_o(B, 1, H, V, V);
+    args.out = other_o.rows, args.packed = true;
+    args.start_kk = args.end_kk = packed_kk.data, args.start_kv = args.end_kv = other_kv.data;
+    check(launch_decode(args, nullptr), "packed decode");
     check(cudaDeviceSynchronize(), "decode");
-    return report(std::string("decode ") + name(dtype) + " K=" + std::to_string(K) + " V=" + std::to_string(V) +
+    const bool same = equal(o.data, other_o.data) && equal(h_kv, other_kv) &&
+                      equal(packed_kk, floats(packed(h_kk.doubles(), K)));
+    if (!same) std::printf("packed or not, the bits differ\n");
+    return same & report(std::string("decode ") + name(dtype) + " K=" + std::to_string(K) + " V=" + std::to_string(V) +
                       (group == 1 ? "" : " groups"),
                   {{"o", o.doubles(), without_skipped(expected.o, {})},
                    {"h_kk", h_kk.doubles(), pooled(without_skipped(expected.h_kk, in.h_kk))},
                    {"h_kv", h_kv.doubles(), pooled(without_skipped(expected.h_kv, in.h_kv))}}, 1e-3);
-}
-
-template <typename T>
-bool equal(const Array<T>& a, const Array<T>& b) {
-    const std::vector<T> x = a.host(), y = b.host();
-    return std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
 }
 
 // A piece of T tokens to a state of its own, and the states along the way; the same bits as T single steps. From
@@ -601,8 +624,8 @@ bool test_piece(int T, int K, int V, DType dtype, int group = 1, bool with_start
     Array<int> taken(bound.count);
     Output o(B, T, H, V, V), step_o(B, T, H, V, V);
     DecodeArgs args{q.rows, k.rows, v.rows, o.rows, g.data, beta.data, lamb.data, with_start ? h_kk.data : nullptr,
-                    with_start ? h_kv.data : nullptr, end_kk.data, end_kv.data, nullptr, B, taken.data, bound.data,
-                    B, T, HS, H, K, V, steps, tolerance};
+                    with_start ? h_kv.data : nullptr, end_kk.data, end_kv.data, false, nullptr, B, taken.data,
+                    bound.data, B, T, HS, H, K, V, steps, tolerance};
     check(launch_decode(args, nullptr), "piece");
 
     // States after 0, 1, .. T tokens, and numbers beyond either end.
@@ -642,8 +665,8 @@ bool test_piece(int T, int K, int V, DType dtype, int group = 1, bool with_start
         const Array<float> g1 = of_token(in.g), beta1 = of_token(in.beta);
         check(launch_decode({token(q.rows, element), token(k.rows, element), token(v.rows, element),
                              token(step_o.rows, 4), g1.data, beta1.data, lamb.data, h_kk.data, h_kv.data, h_kk.data,
-                             h_kv.data, nullptr, B, nullptr, nullptr, B, 1, HS, H, K, V, steps, tolerance}, nullptr),
-              "decode");
+                             h_kv.data, false, nullptr, B, nullptr, nullptr, B, 1, HS, H, K, V, steps, tolerance},
+                            nullptr), "decode");
         check(cudaDeviceSynchronize(), "decode");
         is_state(t + 2);
     }
