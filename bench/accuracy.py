@@ -60,6 +60,7 @@ def main():
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0, 1e-6])
+    parser.add_argument("--no-peers", action="store_true", help="ours alone: fla's kernels take minutes to compile")
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
     cuda = torch.device(args.device).type == "cuda"
@@ -69,7 +70,8 @@ def main():
         for tokens in args.tokens or ([512, 4096] if cuda else [512]):
             for regime in REGIMES:
                 for scale in args.scales:
-                    tables[dtype] += compare(regime, DTYPES[dtype], args.device, tokens, args.width, scale=scale)
+                    about = regime, DTYPES[dtype], args.device, tokens, args.width
+                    tables[dtype] += compare(*about, scale=scale, peers=not args.no_peers)
                 write_json(args.json, accuracy=tables)  # in case it does not get further
         print_table(f"{dtype} inputs, K = V = {args.width}, relative errors", tables[dtype])
 

@@ -19,15 +19,26 @@ namespace {
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// A result that is not wanted has no elements.
+Tensor if_wanted(bool wanted, at::IntArrayRef shape, const at::TensorOptions& options) {
+    return wanted ? at::empty(shape, options) : at::empty({0}, options);
+}
+
 template <typename T>
-ForwardResult forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q_in, Stop stop) {
+T* place_or_null(const Tensor& t) {
+    return t.numel() ? t.data_ptr<T>() : nullptr;
+}
+
+template <typename T>
+ForwardResult forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q_in, Stop stop, bool final_state) {
     const Tensor q = prepare<T>(q_in);
     const auto options = q.options();
     const Tensor o = at::empty({p.B, p.T, p.HO, p.V}, options), x = at::empty({p.B, p.T, p.HO, p.K}, options);
     const Tensor steps = at::empty({p.B, p.T, p.HO}, options.dtype(at::kInt));
     const Tensor bound = at::empty({p.B, p.T, p.HO}, options);
-    const Tensor h_kk = at::empty({p.N, p.HS, p.K, p.K}, options), h_kv = at::empty({p.N, p.HS, p.K, p.V}, options);
-    const Scan<T> scan = in.scan(p, h_kk.data_ptr<T>(), h_kv.data_ptr<T>());
+    const Tensor h_kk = if_wanted(final_state, {p.N, p.HS, p.K, p.K}, options),
+                 h_kv = if_wanted(final_state, {p.N, p.HS, p.K, p.V}, options);
+    const Scan<T> scan = in.scan(p, place_or_null<T>(h_kk), place_or_null<T>(h_kv));
     const States<T> states(p, in.segments.list.size(), options);  // of the segments, on their way through the chunks
     scan.run([&](int64_t segment, int64_t head) { return states.at(segment, head); }, [&] {
         return SolveAndReadOut<T>{p, in, states, Heads<T>(q), Heads<T>(o), Heads<T>(x), steps.data_ptr<int>(),
@@ -73,10 +84,11 @@ BackwardResult backward(const ProblemSize& p, const Inputs<T>& in, const Tensor&
                                Heads<T>(xw), stop};
     });
 
-    const Tensor dh_kk = at::empty({p.N, p.HS, p.K, p.K}, options), dh_kv = at::empty({p.N, p.HS, p.K, p.V}, options);
+    const Tensor dh_kk = if_wanted(in.h_kk.has_value(), {p.N, p.HS, p.K, p.K}, options),
+                 dh_kv = if_wanted(in.h_kv.has_value(), {p.N, p.HS, p.K, p.V}, options);
     const Scan<T> scan{p, in.layout, in.segments, in.g, in.beta, x_heads,
-                       {{do_heads, T(1), data_or_null<T>(dh_kv_final), dh_kv.data_ptr<T>(), false},
-                        {w_heads, T(-1), data_or_null<T>(dh_kk_final), dh_kk.data_ptr<T>(), true}},
+                       {{do_heads, T(1), data_or_null<T>(dh_kv_final), place_or_null<T>(dh_kv), false},
+                        {w_heads, T(-1), data_or_null<T>(dh_kk_final), place_or_null<T>(dh_kk), true}},
                        true};
     const Tensor dk = at::empty({p.B, p.T, p.HS, p.K}, options), dv = at::empty({p.B, p.T, p.HS, p.V}, options);
     const Tensor dg = at::empty({p.B, p.T, p.HS}, options), dbeta = at::empty({p.B, p.T, p.HS}, options);
@@ -108,6 +120,7 @@ void decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, const 
         Matrix<T> H(p.K, p.K), G(p.K, p.V);
         Solver<T> solver(group, p.K);
         ReadOut<T> read(group, p.K, p.V);
+        const Systems<T> systems(H);
         const auto update = [](T* state, int64_t width, T decay, T factor, const T* values, T* copy) {
             for (int64_t j = 0; j < width; ++j) copy[j] = state[j] = decay * state[j] + factor * values[j];
         };
@@ -136,8 +149,8 @@ void decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, const 
                 }
             const auto query = [&](int i) { return q_heads.at(b, (head * group + i) / p.outputs_per_query()); };
             for (int64_t i = 0; i < group; ++i) std::copy_n(query(i), p.K, solver.b.row(i));
-            solver.run(nullptr, H, lamb.lamb.row(head), lamb.inverse.row(head), group, stop);
-            read.run(nullptr, G, H, lamb.lamb.row(head), lamb.inverse.row(head), stop, group, query, solver);
+            solver.run(systems, lamb.lamb.row(head), lamb.inverse.row(head), group, stop);
+            read.run(systems, G, lamb.lamb.row(head), lamb.inverse.row(head), stop, group, query, solver);
             for (int64_t i = 0; i < group; ++i) std::copy_n(read.o.row(i), p.V, o_heads.at(b, head * group + i));
         }
     });
@@ -151,9 +164,6 @@ auto with_compute_type(const ProblemSize& p, const F& f) {
     return p.compute == at::kDouble ? f(double()) : f(float());
 }
 
-// What stands for a result that nobody wants.
-Tensor nothing_like(const Tensor& t) { return at::empty({0}, t.options()); }
-
 ForwardResult chunk_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
                             const Tensor& lamb, const optional<Tensor>& h_kk, const optional<Tensor>& h_kv,
                             const optional<Tensor>& cu_seqlens, int64_t max_cg_iterations, double cg_tol,
@@ -163,7 +173,8 @@ ForwardResult chunk_forward(const Tensor& q, const Tensor& k, const Tensor& v, c
     ForwardResult result = with_compute_type(p, [&](auto zero) {
         using T = decltype(zero);
         const Inputs<T> in(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
-        ForwardResult result = forward<T>(p, in, q, {static_cast<int>(max_cg_iterations), cg_tol});
+        ForwardResult result =
+            forward<T>(p, in, q, {static_cast<int>(max_cg_iterations), cg_tol}, final_state && !state_at);
         if (state_at && final_state) {
             Tensor &kk = std::get<2>(result), &kv = std::get<3>(result);
             kk = at::empty(state_shape(p, state_at, p.K), kk.options());
@@ -172,10 +183,9 @@ ForwardResult chunk_forward(const Tensor& q, const Tensor& k, const Tensor& v, c
         }
         return result;
     });
-    auto& [o, x, h_kk_final, h_kv_final, steps, bound] = result;
-    if (!solution) x = nothing_like(x);
-    if (!final_state) h_kk_final = nothing_like(h_kk_final), h_kv_final = nothing_like(h_kv_final);
-    if (!solver_info) steps = nothing_like(steps), bound = nothing_like(bound);
+    auto& [o, x, h_kk_final, h_kv_final, steps, bound] = result;  // x and the solver's report are made in any case
+    if (!solution) x = at::empty({0}, x.options());
+    if (!solver_info) steps = at::empty({0}, steps.options()), bound = at::empty({0}, bound.options());
     return result;
 }
 

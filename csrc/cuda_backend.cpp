@@ -65,6 +65,11 @@ Rows rows_of(const Tensor& t, int64_t heads, int64_t width) {
 
 constexpr Rows kNoRows{nullptr, 0, 0, 0, DType::f32, 0, 1};
 
+// Allocations are much of what a small call costs: results that are not wanted have no elements.
+Tensor if_wanted(bool wanted, at::IntArrayRef shape, const at::TensorOptions& options) {
+    return wanted ? at::empty(shape, options) : at::empty({0}, options);
+}
+
 const float* floats(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
 template <typename T>
@@ -285,10 +290,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
     const c10::cuda::CUDAGuard guard(q_.device());
     const OptionalTensor h_kk = contiguous(h_kk_), h_kv = contiguous(h_kv_);
     const auto f32 = g.options();
-    // Allocations are much of what a small call costs: results that are not wanted have no elements.
-    const auto if_wanted = [](bool wanted, at::IntArrayRef shape, const at::TensorOptions& options) {
-        return wanted ? at::empty(shape, options) : at::empty({0}, options);
-    };
     const Tensor end_kk = if_wanted(final_state, state_shape(p, state_at, p.K), f32);
     const Tensor end_kv = if_wanted(final_state, state_shape(p, state_at, p.V), f32);
     const Tensor steps = if_wanted(solver_info, {p.B, p.T, p.HO}, f32.dtype(at::kInt));
@@ -324,7 +325,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
 
 // Sums neighbouring heads of t [.., heads, ..] (dimension `dim`) down to `heads`, in the dtype asked for.
 Tensor sum_groups(const Tensor& t, int64_t dim, int64_t heads, at::ScalarType dtype) {
-    if (t.size(dim) == heads) return t.to(dtype);
+    if (t.numel() == 0 || t.size(dim) == heads) return t.to(dtype);
     return t.unflatten(dim, {heads, t.size(dim) / heads}).sum(dim + 1).to(dtype);
 }
 
@@ -362,7 +363,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     const States adjoints = p.HO == p.HS ? states : States(c, p.HO);
     const Tensor overlaps = at::empty({c.problem.slots() * p.HO * overlap_parts(c.problem)}, f32);
 
-    const Tensor end_kk = at::empty({p.N, p.HO, p.K, p.K}, f32), end_kv = at::empty({p.N, p.HO, p.K, p.V}, f32);
+    const Tensor end_kk = if_wanted(h_kk.has_value(), {p.N, p.HO, p.K, p.K}, f32);
+    const Tensor end_kv = if_wanted(h_kv.has_value(), {p.N, p.HO, p.K, p.V}, f32);
     const SegmentSums segments(c, heads);
     C10_CUDA_CHECK(launch_chunk_states({c.problem,
                                         x_rows,
@@ -370,8 +372,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
                                         c.gates(heads),
                                         floats(start_kv),
                                         floats(start_kk),
-                                        end_kv.data_ptr<float>(),
-                                        end_kk.data_ptr<float>(),
+                                        data_or_null<float>(end_kv),
+                                        data_or_null<float>(end_kk),
                                         adjoints.view(heads),
                                         heads,
                                         static_cast<int>(p.outputs_per_state()),

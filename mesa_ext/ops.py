@@ -54,7 +54,8 @@ def _chunk_backward_fake(
     K, (heads, V) = k.shape[3], v.shape[2:]
     n = len(q) if cu_seqlens is None else cu_seqlens.shape[0] - 1
     same = [a.new_empty(a.shape) for a in (q, k, v, g, beta, lamb)]
-    return (*same, g.new_empty(n, heads, K, K), g.new_empty(n, heads, K, V))
+    dstate = [g.new_empty((n, heads, K, width) if h_kk is not None else (0,)) for width in (K, V)]
+    return (*same, *dstate)
 
 
 @torch.library.register_fake("mesa_ext::decode_step")
@@ -98,7 +99,7 @@ def _below_autograd(*inputs):
 
 
 class _ChunkForward(torch.autograd.Function):
-    """The same gradient for eager calls, at a third of what torch.library's own way to it costs them on the host."""
+    """The same gradient for eager calls, by a shorter way on the host than torch.library's."""
 
     @staticmethod
     def forward(ctx, *inputs):

@@ -94,14 +94,14 @@ class Inputs:
             for n, (a, b) in enumerate(zip(bounds, bounds[1:]))
         ]
 
-    def condition(self) -> float:
-        """Median condition number over tokens and heads."""
+    def condition(self, quantile: float = 0.5) -> float:
+        """Condition number over tokens and heads: the median, or another quantile."""
         runs = [self] if self.cu_seqlens is None else self.sequences()
         kappa = [
             mesa_condition(r.k, r.g, r.beta, r.lamb, initial_state=r.initial_state, stride=8).flatten() for r in runs
         ]
         kappa = torch.cat(kappa)
-        return kappa.median().item() if kappa.numel() else 1.0
+        return kappa.quantile(quantile, interpolation="lower").item() if kappa.numel() else 1.0
 
 
 def draw(
@@ -230,6 +230,23 @@ def bar_for(inputs: Inputs, kappa: float | None = None) -> Callable[[str], float
     kappa = inputs.condition() if kappa is None else kappa
     gradient = bars.gradient if kappa < MILD else bars.hard_gradient
     return lambda name: gradient if name.startswith("d") else bars.o
+
+
+FEW = 64  # numbers in a tensor
+
+
+def bar_for_few(inputs: Inputs, expected: dict[str, Tensor]) -> Callable[[str], float]:
+    """The bars for tensors of any size.
+
+    With 16-bit inputs the CUDA kernels round the weights by which the tokens of a chunk meet to 11 bits, and a gradient
+    such as x (do.v - w.k) can cancel by the condition number. Where it is one of few numbers nothing averages that out:
+    one token of width 1 with beta .51 and lamb .0106 (condition 49) has put dbeta off by 1.1e-2.
+    """
+    bar = bar_for(inputs)
+    if inputs.q.device.type == "cpu" or inputs.q.dtype.itemsize > 2:
+        return bar
+    rounding = inputs.condition(quantile=1.0) * 2**-11
+    return lambda name: max(bar(name), rounding) if expected[name].numel() < FEW else bar(name)
 
 
 def assert_accurate(inputs: Inputs, actual: dict[str, Tensor], gradients: tuple[Tensor, ...] = ()) -> None:

@@ -9,9 +9,9 @@ from mesa_ext import MesaState, mesa_attention
 from mesa_ext.reference import mesa_reference
 from tests.regimes import (
     REGIMES,
-    assert_accurate,
     assert_close,
     bar_for,
+    bar_for_few,
     draw,
     dtypes,
     evaluate,
@@ -83,7 +83,8 @@ def test_against_the_reference(device, data):
         max_cg_iterations=256,
         cg_tol={2: 1e-5, 4: 1e-7, 8: None}[inputs.q.dtype.itemsize],
     )
-    assert_accurate(inputs, ours, gradients)
+    expected = evaluate(mesa_reference, inputs, gradients, wide=True)
+    assert_close(ours, {name: expected[name] for name in ours}, bar_for_few(inputs, expected))
 
 
 @pytest.mark.parametrize("heads", [(1, 1, 1), (4, 1, 2), (1, 1, 2)], ids=str)

@@ -23,17 +23,18 @@ struct SolveAdjoint {
     Matrix<T> G_do{kChunk, p.K}, x_H{kChunk, p.K};  // e^{gc} G do and e^{gc} x' H
     Solver<T> solver{kChunk, p.K};
     HardRows<T> hard{p.K, p.V};
-    Advance<T> advance{p};
+    Systems<T> systems{p.K};
     std::vector<int> rows = row_numbers(kChunk);
 
-    void operator()(int64_t segment, int64_t number, int64_t head) {
+    void operator()(int64_t, int64_t number, int64_t head, bool goes_on) {
         const Chunk chunk = in.layout.chunks[number];
         const View<T> G = states.at(number, head);
         in.load(p, block, chunk, head, true);
+        systems.load(block, G.columns_from(block.k_column));
         transpose<T>(G, p.K, p.V, gt);
         for (int64_t n = 0; n < p.outputs_per_state(); ++n)
             solve(chunk, number, head, head * p.outputs_per_state() + n, G);
-        if (number + 1 < in.segments.list[segment].end) advance(block, G, states.at(number + 1, head));
+        if (goes_on) systems.advance(G, states.at(number + 1, head));
     }
 
     void solve(Chunk chunk, int64_t number, int64_t head, int64_t out, View<T> G) {
@@ -42,9 +43,9 @@ struct SolveAdjoint {
         const View<T> do_rows = grad_o.rows(chunk.token, out);
         multiply_state(do_rows, p.V, gt, G_do);
         add_tokens_to_dx(do_rows);
-        solver.run(&block, H, lamb, inverse_lamb, chunk.count, stop);
+        solver.run(systems, lamb, inverse_lamb, chunk.count, stop);
         const bool any_hard = hard.find(solver, chunk.count, stop);
-        if (any_hard) hard.correct_adjoint(block, G, H, lamb, inverse_lamb, do_rows, chunk.count, stop, solver);
+        if (any_hard) hard.correct_adjoint(systems, G, lamb, inverse_lamb, do_rows, chunk.count, stop, solver);
         w.store(chunk.token, chunk.count, out, solver.x);
 
         x.load(chunk.token, chunk.count, out, x_rows);

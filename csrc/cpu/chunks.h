@@ -209,4 +209,25 @@ void advance_state(View<T> weighted, View<T> values, int count, T total, View<T>
     kernels<T>().multiply(product, state_rows.data(), state_rows.size());
 }
 
+// The same with the tokens [first, end) of a chunk, whose keys and values are given, weighted as at the last of them.
+template <typename T>
+void add_tokens(const Gates<T>& gates, int first, int end, View<T> keys, View<T> values, View<T> before, View<T> after,
+                int64_t width, View<T> weighted, const std::vector<int>& state_rows) {
+    double decay = 1;
+    for (int j = end - 1; j >= first; --j) {
+        const T weight = static_cast<T>(decay) * gates.beta[j];
+        kernels<T>().scale(state_rows.size(), weight, keys.row(j - first), weighted.row(j - first));
+        decay *= gates.decay[j];
+    }
+    advance_state<T>(weighted, values, end - first, static_cast<T>(decay), before, after, width, state_rows);
+}
+
+// Tokens of a part of a chunk. In every step of a solve a token meets all tokens before it in its part, while H before
+// a part is made once; so chunks are solved in parts, and H goes from part to part, unless it is wide.
+template <typename T>
+int part_tokens(int64_t K) {
+    static_assert(16 % kLine<T> == 0);
+    return K <= 128 ? 16 : kChunk;
+}
+
 }  // namespace mesa::cpu

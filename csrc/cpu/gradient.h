@@ -36,14 +36,14 @@ struct AttentionGradient {
     // token j to the state after the chunk, and from state to state.
     double inside[kChunk][kChunk] = {}, before[kChunk] = {}, after[kChunk] = {}, across = 0;
 
-    void operator()(int64_t segment, int64_t number, int64_t head) {
+    void operator()(int64_t segment, int64_t number, int64_t head, bool goes_on) {
         const Chunk chunk = in.layout.chunks[number];
         const View<T> D = adjoints.at(segment, head);
         in.load(p, block, chunk, head, true);
         start_from_adjoint(states.at(number, head), D);
         for (int64_t n = 0; n < p.outputs_per_state(); ++n) {
             add_outputs(chunk, head * p.outputs_per_state() + n);
-            advance_adjoint(D, n == 0 ? block.gates.total : T(1));
+            if (goes_on) advance_adjoint(D, n == 0 ? block.gates.total : T(1));
         }
         store(chunk, head);
     }

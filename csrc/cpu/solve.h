@@ -15,6 +15,7 @@ struct Window {
     int count = 0;
     int64_t width = 0;  // of the scores, in whole lines
 
+    Window() = default;
     Window(View<T> mask, const T* in, int count, int64_t tokens)
         : mask(mask), in(in), count(count), width(padded<T>(tokens)) {}
 
@@ -70,6 +71,54 @@ struct Regulariser {
     }
 };
 
+// The systems of a chunk: its tokens, and H before every part of it. Without tokens (a decode step) all rows share one
+// H.
+template <typename T>
+struct Systems {
+    const Block<T>* block = nullptr;
+    int tokens = kChunk;  // of a part
+    std::vector<View<T>> H;
+
+    explicit Systems(View<T> H) : H{H}, weighted(1, 1) {}
+
+    explicit Systems(int64_t K)
+        : tokens(part_tokens<T>(K)), H(kChunk / tokens), weighted(kChunk, K), rows(row_numbers(K)) {
+        for (size_t part = 1; part < H.size(); ++part) H[part] = memory.emplace_back(K, K);
+    }
+
+    void load(const Block<T>& block, View<T> before) {
+        this->block = &block;
+        H[0] = before;
+        for (int end = tokens; end < block.count; end += tokens) add_part(end, H[end / tokens]);
+    }
+
+    // The part from `first` on.
+    Window<T> window(int first, T (&in)[kChunk]) const {
+        const int count = std::min(tokens, block->count - first);
+        for (int i = 0; i < count; ++i) in[i] = first ? block->decay.row(first + i)[first - 1] : block->gates.in[i];
+        return {block->mask.rows_from(first).columns_from(first), in, count, tokens};
+    }
+
+    // The state S = [G | H] after the chunk from the one before it, which may lie in the same place.
+    void advance(View<T> before, View<T> after) {
+        add_tokens<T>(block->gates, 0, block->count, block->k(), block->v(), before, after, block->k_column, weighted,
+                      rows);
+        add_part(block->count, after.columns_from(block->k_column));
+    }
+
+   private:
+    std::vector<Matrix<T>> memory;
+    Matrix<T> weighted;
+    std::vector<int> rows;
+
+    // H after the tokens of a part, up to `end`.
+    void add_part(int end, View<T> after) {
+        const int part = (end - 1) / tokens, first = part * tokens;
+        const View<T> keys = block->k().rows_from(first);
+        add_tokens<T>(block->gates, first, end, keys, keys, H[part], after, padded<T>(rows.size()), weighted, rows);
+    }
+};
+
 // The preconditioned conjugate gradient for up to `capacity` right-hand sides, each with its own steps (see cg.h).
 template <typename T>
 struct Solver {
@@ -82,11 +131,10 @@ struct Solver {
 
     Solver(int64_t capacity, int64_t width)
         : K(width), b(capacity, K), x(capacity, K), p(capacity, K), ap(capacity, K), scores(kChunk, kChunk),
-          rows(capacity), curvature(capacity), tokens(K <= kWidestInParts ? kPart : kChunk), weighted(capacity, K),
-          state(capacity > tokens ? K : 1, K), state_rows(row_numbers(K)) {}
+          rows(capacity), curvature(capacity) {}
 
     // (H_i + Lambda) x_i = b_i for i < count, with H_i = e^{gc_i} H + the tokens of the block up to i.
-    void run(const Block<T>* block, View<T> H, const T* lamb, const T* inverse_lamb, int count, Stop stop) {
+    void run(const Systems<T>& systems, const T* lamb, const T* inverse_lamb, int count, Stop stop) {
         const auto& kernel = kernels<T>();
         const int64_t n = padded<T>(K);
         std::vector<int> exponents(count);
@@ -97,35 +145,19 @@ struct Solver {
             rows[i] = CgRow<T>(kernel.cg_start(n, scale, inverse_lamb, p.row(i), x.row(i), b.row(i)));
             curvature[i] = 0;
         }
-        if (!block) iterate(nullptr, {}, {}, H, lamb, inverse_lamb, 0, count, stop);
-        for (int first = 0; block && first < count; first += tokens) {
-            const int size = std::min(tokens, count - first);
+        const Block<T>* const block = systems.block;
+        if (!block) iterate({}, {}, {}, systems.H[0], lamb, inverse_lamb, 0, count, stop);
+        for (int first = 0; block && first < count; first += systems.tokens) {
             T in[kChunk];
-            for (int i = 0; i < size; ++i)
-                in[i] = first ? block->decay.row(first + i)[first - 1] : block->gates.in[i];
-            const Window<T> window(block->mask.rows_from(first).columns_from(first), in, size, tokens);
+            const Window<T> window = systems.window(first, in);
             iterate(window, block->k().rows_from(first), block->kt().columns_from(first),
-                    first ? state_before(*block, H, first) : H, lamb, inverse_lamb, first, size, stop);
+                    systems.H[first / systems.tokens], lamb, inverse_lamb, first, window.count, stop);
         }
         for (int i = 0; i < count; ++i) kernel.scale(n, std::ldexp(T(1), exponents[i]), x.row(i), x.row(i));
     }
 
    private:
-    // In every step a token meets all tokens before it in its part, while a state is made once. So a chunk is solved in
-    // parts, each from a state of its own, unless states are wide.
-    static constexpr int kPart = 32, kWidestInParts = 128;
-
-    int tokens;  // of a part
-    Matrix<T> weighted, state;
-    std::vector<int> state_rows, active;
-
-    // H before token `first` of the block.
-    View<T> state_before(const Block<T>& block, View<T> H, int first) {
-        for (int j = 0; j < first; ++j)
-            kernels<T>().scale(padded<T>(K), block.mask.row(first - 1)[j], block.k().row(j), weighted.row(j));
-        advance_state<T>(weighted, block.k(), first, block.gates.in[first - 1], H, state, padded<T>(K), state_rows);
-        return state;
-    }
+    std::vector<int> active;
 
     // The steps for the rows from `first` on, given the state before them.
     void iterate(const Window<T>& window, View<T> k, View<T> kt, View<T> H, const T* lamb, const T* inverse_lamb,
@@ -193,27 +225,27 @@ struct HardRows {
     }
 
     // Sets the chunk (none for a decode step, whose G and H hold the token) and the states before it.
-    Wide& widen(const Block<T>* block, View<T> G, View<T> H, int64_t capacity) {
+    Wide& widen(const Systems<T>& systems, View<T> G, int64_t capacity) {
         if (!wide) wide = std::make_unique<Wide>(capacity, K, V);
-        if (block) wide->block.widen(*block, K, V);
+        if (systems.block) wide->block.widen(*systems.block, K, V);
         convert<T, double>(G, K, V, wide->G);
-        convert<T, double>(H, K, K, wide->H);
+        convert<T, double>(systems.H[0], K, K, wide->H);
         return *wide;
     }
 
     // Corrects solver.x of the first `count` rows where they are hard, given their right-hand sides in b.
-    void correct(const Block<T>* block, View<T> H, const T* lamb, const T* inverse_lamb, int count, Stop stop,
+    void correct(const Systems<T>& systems, const T* lamb, const T* inverse_lamb, int count, Stop stop,
                  Solver<T>& solver) {
         Wide& w = *wide;
         const std::vector<CgRow<T>> first_rows = solver.rows;
         convert<T, double>(solver.x, count, K, w.x);
-        attend<double>(block ? &w.block : nullptr, w.x, K, w.block.kt(), w.H, w.block.k(), K, w.ax, w.scores,
+        attend<double>(systems.block ? &w.block : nullptr, w.x, K, w.block.kt(), w.H, w.block.k(), K, w.ax, w.scores,
                        rows.data(), rows.size());
         for (int i = 0; i < count; ++i) std::fill_n(solver.b.row(i), K, T(0));  // nothing to solve for the others
         for (const int i : rows)
             for (int64_t j = 0; j < K; ++j)
                 solver.b.row(i)[j] = static_cast<T>(w.b.row(i)[j] - w.ax.row(i)[j] - lamb[j] * w.x.row(i)[j]);
-        solver.run(block, H, lamb, inverse_lamb, count, {stop.max_iterations, kCorrection});
+        solver.run(systems, lamb, inverse_lamb, count, {stop.max_iterations, kCorrection});
         for (const int i : rows)
             for (int64_t j = 0; j < K; ++j) w.x.row(i)[j] += solver.x.row(i)[j];
         convert<double, T>(w.x, count, K, solver.x);
@@ -221,13 +253,13 @@ struct HardRows {
     }
 
     // The same for the backward pass, where b = G do.
-    void correct_adjoint(const Block<T>& block, View<T> G, View<T> H, const T* lamb, const T* inverse_lamb,
-                         View<T> grad_o, int count, Stop stop, Solver<T>& solver) {
-        Wide& w = widen(&block, G, H, kChunk);
+    void correct_adjoint(const Systems<T>& systems, View<T> G, const T* lamb, const T* inverse_lamb, View<T> grad_o,
+                         int count, Stop stop, Solver<T>& solver) {
+        Wide& w = widen(systems, G, kChunk);
         transpose<double>(w.G, K, V, w.gt);
         convert<T, double>(grad_o, count, V, w.y);
         attend<double>(&w.block, w.y, V, w.block.vt(), w.gt, w.block.k(), K, w.b, w.scores, rows.data(), rows.size());
-        correct(&block, H, lamb, inverse_lamb, count, stop, solver);
+        correct(systems, lamb, inverse_lamb, count, stop, solver);
     }
 
     // to(i) = weight_i x' (G do - H w) for the hard rows among the first `count`, once they are corrected.
@@ -262,14 +294,15 @@ struct ReadOut {
     // Of the first `count` rows that the solver has just solved for right-hand sides q(i); corrects solver.x as well.
     // Without a block (a decode step) G and H hold the token.
     template <typename Q>
-    void run(const Block<T>* block, View<T> G, View<T> H, const T* lamb, const T* inverse_lamb, Stop stop, int count,
+    void run(const Systems<T>& systems, View<T> G, const T* lamb, const T* inverse_lamb, Stop stop, int count,
              const Q& q, Solver<T>& solver) {
+        const Block<T>* const block = systems.block;
         attend<T>(block, solver.x, K, block ? block->kt() : View<T>{}, G, block ? block->v() : View<T>{}, V, o,
                   solver.scores, all.data(), count);
         if (!hard.find(solver, count, stop)) return;
-        auto& wide = hard.widen(block, G, H, all.size());
+        auto& wide = hard.widen(systems, G, all.size());
         for (const int i : hard.rows) std::copy_n(q(i), K, wide.b.row(i));
-        hard.correct(block, H, lamb, inverse_lamb, count, stop, solver);
+        hard.correct(systems, lamb, inverse_lamb, count, stop, solver);
         attend<double>(block ? &wide.block : nullptr, wide.x, K, wide.block.kt(), wide.G, wide.block.v(), V, wide.y,
                        wide.scores, hard.rows.data(), hard.rows.size());
         for (const int i : hard.rows) std::copy_n(wide.y.row(i), V, o.row(i));

@@ -62,24 +62,6 @@ struct States {
     }
 };
 
-// The state after a chunk from the one before it.
-template <typename T>
-struct Advance {
-    int64_t K, u_width;
-    Matrix<T> weighted;
-    std::vector<int> rows;
-
-    explicit Advance(const ProblemSize& p)
-        : K(p.K), u_width(padded<T>(p.V) + padded<T>(p.K)), weighted(kChunk, K), rows(row_numbers(K)) {}
-
-    void operator()(const Block<T>& block, View<T> before, View<T> after) {
-        const Gates<T>& gates = block.gates;
-        for (int t = 0; t < block.count; ++t)
-            kernels<T>().scale(K, gates.out[t] * gates.beta[t], block.k().row(t), weighted.row(t));
-        advance_state<T>(weighted, block.u, block.count, gates.total, before, after, u_width, rows);
-    }
-};
-
 // One part of a joint state, G or H.
 template <typename T>
 struct ScanPart {
@@ -102,9 +84,9 @@ struct Scan {
     ScanPart<T> parts[2];
     bool backwards;
 
-    // Calls body(segment number, chunk number, head) in the order of the chunks. The state that a segment starts from
-    // is at place(segment number, head), and where one is wanted at the end it is taken from there. make_body makes a
-    // body for each thread.
+    // Calls body(segment number, chunk number, head, goes on) in the order of the chunks. The state that a segment
+    // starts from is at place(segment number, head), and where one is wanted at the end it is taken from there; without
+    // "goes on" nobody wants the state behind the chunk. make_body makes a body for each thread.
     template <typename Place, typename MakeBody>
     void run(const Place& place, const MakeBody& make_body) const {
         start_segments(place);
@@ -112,9 +94,11 @@ struct Scan {
             return [&, body = make_body()](int64_t task) mutable {
                 const int64_t number = task / p.HS, head = task % p.HS;
                 const Segment& segment = segments.list[number];
+                const bool ends = is_last(segment) && (parts[0].end || parts[1].end);
                 for (int64_t i = 0; i < segment.end - segment.begin; ++i)
-                    body(number, backwards ? segment.end - 1 - i : segment.begin + i, head);
-                finish(segment, head, place(number, head));
+                    body(number, backwards ? segment.end - 1 - i : segment.begin + i, head,
+                         ends || i + 1 < segment.end - segment.begin);
+                if (ends) finish(segment.sequence, head, place(number, head));
             };
         });
     }
@@ -138,10 +122,14 @@ struct Scan {
         }
     }
 
-    // Stores the state after the last segment on the way through a sequence.
-    void finish(const Segment& segment, int64_t head, View<T> state) const {
+    // On the way through its sequence.
+    bool is_last(const Segment& segment) const {
         const int64_t n = segment.sequence;
-        if (backwards ? segment.begin != layout.first[n] : segment.end != layout.first[n + 1]) return;
+        return backwards ? segment.begin == layout.first[n] : segment.end == layout.first[n + 1];
+    }
+
+    // Stores the state at the end of sequence n.
+    void finish(int64_t n, int64_t head, View<T> state) const {
         for (int part = 0; part < 2; ++part) {
             if (!parts[part].end) continue;
             const View<T> from = view(state, part);
@@ -187,13 +175,20 @@ struct Scan {
         for (int64_t h = 0; h < std::max<int64_t>(1, a.heads / p.HS); ++h) {
             const int64_t a_head = a.of_state(p, head, h), value_head = parts[part].values.of_state(p, head, h);
             for (int t = 0; t < chunk.count; ++t) {
-                const T weight = backwards ? gates.in[t] : gates.out[t] * gates.beta[t];
-                kernel.scale(p.K, weight, a.at(chunk.token + t, a_head), weighted.row(t));
                 kernel.scale(n, parts[part].sign, parts[part].values.at(chunk.token + t, value_head), values.row(t));
                 std::fill(values.row(t) + n, values.row(t) + padded<T>(n), T(0));
             }
-            advance_state<T>(weighted, values, chunk.count, h ? T(1) : gates.total, h ? after : before, after,
-                             padded<T>(n), rows);
+            const View<T> keys = a.rows(chunk.token, a_head);
+            if (backwards) {
+                for (int t = 0; t < chunk.count; ++t) kernel.scale(p.K, gates.in[t], keys.row(t), weighted.row(t));
+                advance_state<T>(weighted, values, chunk.count, h ? T(1) : gates.total, h ? after : before, after,
+                                 padded<T>(n), rows);
+                continue;
+            }
+            const int tokens = part ? part_tokens<T>(p.K) : kChunk;  // as the solver makes it
+            for (int first = 0; first < chunk.count; first += tokens)
+                add_tokens<T>(gates, first, std::min(first + tokens, chunk.count), keys.rows_from(first),
+                              values.rows_from(first), first ? after : before, after, padded<T>(n), weighted, rows);
         }
     }
 };
