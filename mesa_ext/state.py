@@ -65,7 +65,7 @@ class MesaState(NamedTuple):
         padding = rows * _TILE - K
         tiles = pad(self.h_kk, (0, padding, 0, padding)).unflatten(-2, (rows, _TILE)).unflatten(-1, (rows, _TILE))
         i, j = torch.triu_indices(rows, rows, device=tiles.device)
-        return MesaState(tiles.transpose(-3, -2)[..., i, j, :, :], self.h_kv)
+        return MesaState(tiles.transpose(-3, -2)[..., i, j, :, :].contiguous(), self.h_kv)
 
     def full(self) -> MesaState:
         """This state with ``h_kk [..., K, K]``. ``h_kv`` (and all, if it is not packed) is shared. Differentiable; no

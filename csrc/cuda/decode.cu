@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
         if (t == 0) fetch_g();  // here, since the compiler leaves H's loads before a barrier, and not before G's
         update_h(t + 1 == tokens);
     };
-    begin_token();
+    begin_token();  // here and at the end of the loop: once, at its beginning, it would cost registers
 
     for (int first = 0;;) {
         const int count = min(kQueries, queries - first);
