@@ -56,6 +56,9 @@ def measure(B, H, D, args, timer):
     row["ms"] = run(lambda **token: mesa_decode_step(**token, state=state))
     row["30 steps ms"] = run(lambda **token: mesa_decode_step(**token, state=state, max_cg_iterations=30, cg_tol=0.0))
     row["GB/s"] = traffic / row["ms"] / 1e6
+    packed = state.packed()
+    row["packed ms"] = run(lambda **token: mesa_decode_step(**token, state=packed))
+    row["packed GB/s"] = 2 * sum(h.nbytes for h in packed) / row["packed ms"] / 1e6
     if timer.cuda:
         row["floor ms"] = 1e3 * traffic / PEAK_BYTES
         row["bandwidth share"] = row["floor ms"] / row["ms"]
@@ -68,13 +71,42 @@ def measure(B, H, D, args, timer):
 
 
 @torch.no_grad()
+def measure_piece(T, B, H, D, args, timer):
+    """T tokens at once on top of a state: without states along the way, with one, and with all of them."""
+    inputs = make_inputs(B, T, H, D, D, torch.bfloat16 if timer.cuda else torch.float32, args.device)
+    inputs["initial_state"] = start_state(B, H, D, args.device)
+    counts = torch.arange(T + 1, device=args.device).expand(B, -1).contiguous()
+
+    def run(call):
+        if not timer.cuda:
+            return timer(call)
+        replay = replayed(call)
+        return timer(lambda: [replay() for _ in range(16)]) / 16
+
+    def piece(**options):
+        return run(lambda: mesa_attention(**inputs, output_final_state=True, **options))
+
+    row = {"tokens": T, "ms": piece()}
+    row["one state ms"], row["all states ms"] = piece(state_at=counts[:, T // 2]), piece(state_at=counts)
+    if timer.cuda:  # by the kernels for longer calls, which keep the solution
+        tensors = [inputs[name] for name in ("q", "k", "v", "g", "beta", "lamb")]
+        chunked = torch.ops.mesa_ext.chunk_forward
+        row["chunked ms"] = run(lambda: chunked(*tensors, *inputs["initial_state"], None, 30, 1e-3, True, True, False))
+    return row
+
+
+@torch.no_grad()
 def measure_host(H, D, device):
     """The Python side of an eager call at batch 1, in microseconds."""
     token = {
         name: a[:, 0] if name != "lamb" else a for name, a in make_inputs(1, 1, H, D, D, torch.bfloat16, device).items()
     }
     state = start_state(1, H, D, device)
-    return host_us(lambda: mesa_decode_step(**token, state=state))
+    out = torch.empty_like(token["v"])
+    return {
+        "eager_host_us": host_us(lambda: mesa_decode_step(**token, state=state)),
+        "eager_host_us, out=": host_us(lambda: mesa_decode_step(**token, state=state, out=out)),
+    }
 
 
 def plot_batches(path, rows):
@@ -83,6 +115,7 @@ def plot_batches(path, rows):
     columns = {
         "mesa_ext": "ms",
         "mesa_ext, exactly 30 steps": "30 steps ms",
+        "mesa_ext, packed state": "packed ms",
         "fla, 30 steps": "fla ms",
         "memory floor": "floor ms",
     }
@@ -96,6 +129,8 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--widths", nargs="+", type=int, default=[128, 64])
+    parser.add_argument("--pieces", nargs="*", type=int, default=[1, 2, 4, 8, 16], help="tokens of short pieces")
+    parser.add_argument("--piece-batch", type=int, default=32)
     args = parser.parse_args()
     timer = Timer(
         args.device, args.repeats, flush=False
@@ -104,10 +139,19 @@ def main():
     batches = args.batches or BATCHES[args.device]
     rows = [measure(B, args.heads, D, args, timer) for D in args.widths for B in batches]
     print_table("mesa_decode_step, milliseconds a token" + (", CUDA-graph replay" if timer.cuda else ""), rows)
-    extra = {}
+    pieces = [measure_piece(T, args.piece_batch, args.heads, args.widths[0], args, timer) for T in args.pieces]
+    if pieces:
+        shape = args.piece_batch, args.widths[0]
+        known = {(row["batch"], row["width"]): row["ms"] for row in rows}
+        step = known.get(shape) or measure(args.piece_batch, args.heads, args.widths[0], args, timer)["ms"]
+        for row in pieces:
+            row["steps"] = row["ms"] / step
+        print_table(f"Short pieces, batch {shape[0]}, width {shape[1]}, in steps of {step:.4g} ms", pieces)
+    extra = {"pieces": pieces}
     if timer.cuda:
-        extra["eager_host_us"] = measure_host(args.heads, args.widths[0], args.device)
-        print(f"\nPython side of an eager call: {extra['eager_host_us']:.1f} us")
+        host = measure_host(args.heads, args.widths[0], args.device)
+        print("\nPython side of an eager call: " + ", ".join(f"{name} {us:.1f}" for name, us in host.items()))
+        extra |= host
     plot_batches(args.plot, rows)
     write_json(args.json, decode=rows, **extra)
 

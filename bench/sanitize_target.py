@@ -1,4 +1,4 @@
-"""Forward, backward and decode on tiny shapes: the program that compute-sanitizer runs (see gpu_report.py)."""
+"""Forward, backward, decode and short pieces on tiny shapes: the program that compute-sanitizer runs (see gpu_report.py)."""
 
 import torch
 from common import kernel_paths, using_kernels
@@ -39,9 +39,16 @@ def run(dtype, K, V, T, q_heads, k_heads, heads, bounds, steps=4, spread=None):
         pool = MesaState(*(torch.cat([h, h]) for h in after))
         rows = torch.tensor([n, -1], device="cuda")
         tokens = [a[0, :2].contiguous() for a in (q, k, v, g, beta)]
+        packed = MesaState(*(h.clone() for h in pool.packed()))
         o = mesa_decode_step(*tokens, lamb, pool, state_indices=rows, max_cg_iterations=4)
+        mesa_decode_step(*tokens, lamb, packed, state_indices=rows, max_cg_iterations=4, out=torch.empty_like(o))
+        counts = torch.arange(-1, 5, device="cuda").expand(1, -1)  # out of range at both ends
+        piece, along = mesa_attention(
+            *(a[:, :3] for a in (q, k, v, g, beta)), lamb, initial_state=MesaState(*(h[:1] for h in after)),
+            output_final_state=True, state_at=counts, max_cg_iterations=steps,
+        )  # fmt: skip
     torch.cuda.synchronize()
-    finite = [o, *pool, *(a.grad for a in (q, k, v, g, beta, lamb))]
+    finite = [o, *pool, *packed, piece, *along, *(a.grad for a in (q, k, v, g, beta, lamb))]
     assert all(a.isfinite().all().item() for a in finite), (dtype, K, V)
 
 

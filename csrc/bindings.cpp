@@ -20,8 +20,8 @@ TORCH_LIBRARY(mesa_ext, m) {
     m.def(
         "chunk_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor lamb, Tensor? h_kk, Tensor? h_kv, "
         "Tensor? cu_seqlens, int max_cg_iterations, float cg_tol, bool solution=True, bool final_state=True, "
-        "bool solver_info=True) -> (Tensor o, Tensor x, Tensor h_kk_final, Tensor h_kv_final, Tensor steps, "
-        "Tensor bound)");
+        "bool solver_info=True, Tensor? state_at=None) -> (Tensor o, Tensor x, Tensor h_kk_final, Tensor h_kv_final, "
+        "Tensor steps, Tensor bound)");
     m.def(
         "chunk_backward(Tensor do, Tensor? dh_kk_final, Tensor? dh_kv_final, Tensor q, Tensor k, Tensor v, Tensor g, "
         "Tensor beta, Tensor lamb, Tensor? h_kk, Tensor? h_kv, Tensor? cu_seqlens, Tensor x, int max_cg_iterations, "
@@ -29,7 +29,7 @@ TORCH_LIBRARY(mesa_ext, m) {
         "Tensor dh_kv)");
     m.def(
         "decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor lamb, Tensor(a!) h_kk, "
-        "Tensor(b!) h_kv, Tensor? state_indices, int max_cg_iterations, float cg_tol) -> Tensor o");
+        "Tensor(b!) h_kv, Tensor? state_indices, int max_cg_iterations, float cg_tol, Tensor(c!) out) -> ()");
 }
 
 namespace {

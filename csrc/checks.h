@@ -6,12 +6,17 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
+#include <vector>
+
+#include "packed.h"
 
 namespace mesa {
 
@@ -178,6 +183,34 @@ inline ProblemSize check_chunk_inputs(const at::Tensor& q, const at::Tensor& k, 
     return p;
 }
 
+// state_at int64 [N] or [N,M], numbers of tokens from the beginning of each sequence, or none.
+inline void check_state_at(const ProblemSize& p, const at::Tensor& q, const std::optional<at::Tensor>& cu_seqlens,
+                           const std::optional<at::Tensor>& state_at) {
+    if (!state_at) return;
+    detail::check_device(*state_at, "state_at", q);
+    detail::check_dtype(*state_at, "state_at", at::kLong, "numbers of tokens");
+    TORCH_CHECK_VALUE((state_at->dim() == 1 || state_at->dim() == 2) && state_at->size(0) == p.N,
+                      "state_at must have shape [sequences] or [sequences, states], of ", p.N, " sequences, got ",
+                      state_at->sizes());
+    if (!state_at->is_cpu()) return;
+    const at::Tensor counts = state_at->contiguous();
+    const at::Tensor offsets = cu_seqlens ? cu_seqlens->contiguous() : at::Tensor();
+    const int64_t each = p.N ? counts.numel() / p.N : 0;
+    for (int64_t i = 0; i < counts.numel(); ++i) {
+        const int64_t* const bounds = cu_seqlens ? offsets.const_data_ptr<int64_t>() + i / each : nullptr;
+        const int64_t length = bounds ? bounds[1] - bounds[0] : p.T, count = counts.const_data_ptr<int64_t>()[i];
+        TORCH_CHECK_VALUE(count >= 0 && count <= length, "state_at must lie between 0 and the length of the sequence, ",
+                          length, " for sequence ", i / each, ", got ", count);
+    }
+}
+
+// Shape of the states that a chunked call returns, [N, HS, K, width] or, with state_at [N,M], [N, M, HS, K, width].
+inline std::vector<int64_t> state_shape(const ProblemSize& p, const std::optional<at::Tensor>& state_at,
+                                        int64_t width) {
+    if (state_at && state_at->dim() == 2) return {p.N, state_at->size(1), p.HS, p.K, width};
+    return {p.N, p.HS, p.K, width};
+}
+
 // What chunk_backward takes on top: do [B,T,HO,V] in q's dtype, x [B,T,HO,K] and dh_*_final [N,HS,K,..] (each optional)
 // in the compute dtype.
 inline void check_backward_inputs(const ProblemSize& p, const at::Tensor& q, const at::Tensor& grad_o,
@@ -193,13 +226,17 @@ inline void check_backward_inputs(const ProblemSize& p, const at::Tensor& q, con
     if (dh_kv_final) detail::check_state(p, q, *dh_kv_final, "dh_kv_final", p.V);
 }
 
-// q [B,HQ,K], k [B,HK,K], v [B,HS,V], g and beta [B,HS], lamb [HS,K]; h_kk [P,HS,K,K] and h_kv [P,HS,K,V] contiguous;
-// state_indices int64 [B], or none with P = B. The result's N is P.
+// Whether an h_kk with one row a sequence is packed.
+inline bool is_packed(const at::Tensor& h_kk) { return h_kk.dim() == 5; }
+
+// q [B,HQ,K], k [B,HK,K], v [B,HS,V], g and beta [B,HS], lamb [HS,K]; h_kk [P,HS,K,K], or [P,HS,packed_tiles(K),16,16],
+// and h_kv [P,HS,K,V] contiguous;
+// state_indices int64 [B], or none with P = B; out [B,max(HQ,HS),V]. The result's N is P.
 inline ProblemSize check_decode_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                        const at::Tensor& g, const at::Tensor& beta, const at::Tensor& lamb,
                                        const at::Tensor& h_kk, const at::Tensor& h_kv,
                                        const std::optional<at::Tensor>& state_indices, int64_t max_cg_iterations,
-                                       double cg_tol) {
+                                       double cg_tol, const at::Tensor& out) {
     detail::check_rank(q, "q", 3, "[B, heads, key width]");
     detail::check_rank(k, "k", 3, "[B, heads, key width]");
     detail::check_rank(v, "v", 3, "[B, heads, value width]");
@@ -208,9 +245,18 @@ inline ProblemSize check_decode_inputs(const at::Tensor& q, const at::Tensor& k,
     detail::check_shape(k, "k", {p.B, p.HK, p.K}, "[B, heads of k, key width of q]");
     detail::check_shape(v, "v", {p.B, p.HS, p.V}, "[B, heads of v, value width]");
     detail::check_gates(p, q, g, beta, lamb, {p.B, p.HS}, "[B, heads of v]");
-    detail::check_rank(h_kk, "h_kk", 4, "[states, heads of v, key width, key width]");
+    if (!is_packed(h_kk)) detail::check_rank(h_kk, "h_kk", 4, "[states, heads of v, key width, key width]");
     p.N = state_indices ? h_kk.size(0) : p.B;
-    detail::check_state(p, q, h_kk, "h_kk", p.K);
+    if (is_packed(h_kk)) {
+        detail::check_device(h_kk, "h_kk", q);
+        detail::check_shape(h_kk, "h_kk", {p.N, p.HS, packed_tiles(p.K), kTile, kTile},
+                            "[states, heads of v, tiles, 16, 16]");
+        detail::check_dtype(h_kk, "h_kk", p.compute, "the compute dtype: float64 for float64 q, else float32");
+        TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(h_kk.const_data_ptr()) % 16 == 0 || q.is_cpu(),
+                          "packed h_kk must start at a multiple of 16 bytes");
+    } else {
+        detail::check_state(p, q, h_kk, "h_kk", p.K);
+    }
     detail::check_state(p, q, h_kv, "h_kv", p.V);
     TORCH_CHECK_VALUE(h_kk.is_contiguous(), "h_kk must be contiguous (it is updated in place), got strides ",
                       h_kk.strides());
@@ -228,8 +274,19 @@ inline ProblemSize check_decode_inputs(const at::Tensor& q, const at::Tensor& k,
                                   ", the number of states, got ", row[b]);
         }
     }
+    detail::check_device(out, "out", q);
+    detail::check_shape(out, "out", {p.B, p.HO, p.V}, "[B, output heads, value width]");
+    detail::check_dtype(out, "out", p.dtype, "the dtype of q");
+    TORCH_CHECK_VALUE((out.stride(2) == 1 || p.V == 1) && at::has_internal_overlap(out) != at::MemOverlap::Yes,
+                      "out must have rows of contiguous elements that do not overlap, got strides ", out.strides());
     detail::check_solver(max_cg_iterations, cg_tol);
     return p;
+}
+
+// Tells autograd, which is below no operator that writes in place, that these tensors are not what they were.
+inline void mark_written(std::initializer_list<at::Tensor> tensors) {
+    for (const at::Tensor& t : tensors)
+        if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace mesa

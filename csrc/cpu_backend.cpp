@@ -11,6 +11,7 @@
 #include "cpu/adjoint.h"
 #include "cpu/forward.h"
 #include "cpu/gradient.h"
+#include "cpu/state_at.h"
 
 namespace mesa::cpu {
 namespace {
@@ -104,16 +105,17 @@ BackwardResult backward(const ProblemSize& p, const Inputs<T>& in, const Tensor&
 
 // One token for every sequence: the states are read, updated, written and kept at hand for the solve.
 template <typename T>
-Tensor decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& g_in,
+void decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& g_in,
               const Tensor& beta_in, const Tensor& lamb_in, const Tensor& h_kk, const Tensor& h_kv,
-              const optional<Tensor>& state_indices, Stop stop) {
+              const optional<Tensor>& state_indices, Stop stop, const Tensor& out) {
     const Tensor q = prepare<T>(q_in), k = prepare<T>(k_in), v = prepare<T>(v_in), g = prepare<T>(g_in),
                  beta = prepare<T>(beta_in);
     const Regulariser<T> lamb(prepare<T>(lamb_in));
-    const Tensor o = at::empty({p.B, p.HO, p.V}, q.options());
+    const Tensor o = out.is_contiguous() && p.dtype == p.compute ? out : at::empty({p.B, p.HO, p.V}, q.options());
     const Tensor indices = state_indices ? state_indices->contiguous() : Tensor();
     const Heads<T> q_heads(q), k_heads(k), v_heads(v), o_heads(o);
     const int64_t group = p.outputs_per_state();
+    const bool packed = is_packed(h_kk);
     at::parallel_for(0, p.B * p.HS, 1, [&](int64_t begin, int64_t end) {
         Matrix<T> H(p.K, p.K), G(p.K, p.V);
         Solver<T> solver(group, p.K);
@@ -131,11 +133,20 @@ Tensor decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, cons
             }
             const T decay = std::exp(g.const_data_ptr<T>()[task]), gate = beta.const_data_ptr<T>()[task];
             const T *const key = k_heads.at(b, k_heads.of_state(p, head)), *const value = v_heads.at(b, head);
-            const int64_t first_row = (index * p.HS + head) * p.K;
-            for (int64_t i = 0; i < p.K; ++i) {
-                update(h_kk.data_ptr<T>() + (first_row + i) * p.K, p.K, decay, gate * key[i], key, H.row(i));
-                update(h_kv.data_ptr<T>() + (first_row + i) * p.V, p.V, decay, gate * key[i], value, G.row(i));
-            }
+            const int64_t state = index * p.HS + head;
+            for (int64_t i = 0; i < p.K; ++i)
+                update(h_kv.data_ptr<T>() + (state * p.K + i) * p.V, p.V, decay, gate * key[i], value, G.row(i));
+            for (int64_t i = 0; i < p.K && !packed; ++i)
+                update(h_kk.data_ptr<T>() + (state * p.K + i) * p.K, p.K, decay, gate * key[i], key, H.row(i));
+            T* tile = h_kk.data_ptr<T>() + state * packed_tiles(p.K) * kTile * kTile;
+            for (int64_t i = 0; i < p.K && packed; i += kTile)
+                for (int64_t j = i; j < p.K; j += kTile, tile += kTile * kTile) {
+                    const int64_t rows = std::min<int64_t>(kTile, p.K - i), width = std::min<int64_t>(kTile, p.K - j);
+                    const View<T> here = H.rows_from(i).columns_from(j);
+                    for (int64_t r = 0; r < rows; ++r)
+                        update(tile + r * kTile, width, decay, gate * key[i + r], key + j, here.row(r));
+                    if (j > i) transpose(here, rows, width, H.rows_from(j).columns_from(i));
+                }
             const auto query = [&](int i) { return q_heads.at(b, (head * group + i) / p.outputs_per_query()); };
             for (int64_t i = 0; i < group; ++i) std::copy_n(query(i), p.K, solver.b.row(i));
             solver.run(systems, lamb.lamb.row(head), lamb.inverse.row(head), group, stop);
@@ -143,7 +154,7 @@ Tensor decode(const ProblemSize& p, const Tensor& q_in, const Tensor& k_in, cons
             for (int64_t i = 0; i < group; ++i) std::copy_n(read.o.row(i), p.V, o_heads.at(b, head * group + i));
         }
     });
-    return o.to(p.dtype);
+    if (!o.is_same(out)) out.copy_(o);
 }
 
 // Calls f with a value of the compute dtype.
@@ -156,12 +167,21 @@ auto with_compute_type(const ProblemSize& p, const F& f) {
 ForwardResult chunk_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
                             const Tensor& lamb, const optional<Tensor>& h_kk, const optional<Tensor>& h_kv,
                             const optional<Tensor>& cu_seqlens, int64_t max_cg_iterations, double cg_tol,
-                            bool solution, bool final_state, bool solver_info) {
+                            bool solution, bool final_state, bool solver_info, const optional<Tensor>& state_at) {
     const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
+    check_state_at(p, q, cu_seqlens, state_at);
     ForwardResult result = with_compute_type(p, [&](auto zero) {
         using T = decltype(zero);
         const Inputs<T> in(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
-        return forward<T>(p, in, q, {static_cast<int>(max_cg_iterations), cg_tol}, final_state);
+        ForwardResult result =
+            forward<T>(p, in, q, {static_cast<int>(max_cg_iterations), cg_tol}, final_state && !state_at);
+        if (state_at && final_state) {
+            Tensor &kk = std::get<2>(result), &kv = std::get<3>(result);
+            kk = at::empty(state_shape(p, state_at, p.K), kk.options());
+            kv = at::empty(state_shape(p, state_at, p.V), kv.options());
+            make_states_at<T>(p, in, *state_at, kk.data_ptr<T>(), kv.data_ptr<T>());
+        }
+        return result;
     });
     auto& [o, x, h_kk_final, h_kv_final, steps, bound] = result;  // x and the solver's report are made in any case
     if (!solution) x = at::empty({0}, x.options());
@@ -183,16 +203,17 @@ BackwardResult chunk_backward(const Tensor& grad_o, const optional<Tensor>& dh_k
     });
 }
 
-Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                   const Tensor& lamb, const Tensor& h_kk, const Tensor& h_kv, const optional<Tensor>& state_indices,
-                   int64_t max_cg_iterations, double cg_tol) {
+void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                 const Tensor& lamb, const Tensor& h_kk, const Tensor& h_kv, const optional<Tensor>& state_indices,
+                 int64_t max_cg_iterations, double cg_tol, const Tensor& out) {
     const ProblemSize p =
-        check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol);
-    return with_compute_type(p, [&](auto zero) {
+        check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol, out);
+    with_compute_type(p, [&](auto zero) {
         using T = decltype(zero);
-        return decode<T>(p, q, k, v, g, beta, lamb, h_kk, h_kv, state_indices,
-                         {static_cast<int>(max_cg_iterations), cg_tol});
+        decode<T>(p, q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, {static_cast<int>(max_cg_iterations), cg_tol},
+                  out);
     });
+    mark_written({h_kk, h_kv, out});
 }
 
 }  // namespace

@@ -242,26 +242,85 @@ void refine(const Call& c, const States& states, const Tensor& q, const Tensor& 
     C10_CUDA_CHECK(launch_refined(args, c.stream));
 }
 
+// t in memory where its rows are dense, which is all that the kernels for single tokens ask of them.
+Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
+
+// t [B, T, heads, width], or [B, heads, width], the only token of every sequence, with dense rows.
+Rows token_rows(const Tensor& t, int64_t heads, int64_t width) {
+    return {t.data_ptr(), t.stride(0), t.dim() == 4 ? t.stride(1) : 0, t.stride(-2), dtype_of(t),
+            static_cast<int>(width), static_cast<int>(heads / t.size(-2))};
+}
+
+// The decode kernel on tokens [B, T, ...] or [B, ...].
+void decode(const ProblemSize& p, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& g_,
+            const Tensor& beta_, const Tensor& lamb_, const float* start_kk, const float* start_kv, float* end_kk,
+            float* end_kv, bool packed, const OptionalTensor& state_indices, int* steps, float* bound,
+            int64_t max_cg_iterations, double cg_tol, const Tensor& out) {
+    check_device_fits(p);
+    const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_), g = g_.contiguous(),
+                 beta = beta_.contiguous(), lamb = lamb_.contiguous();
+    const OptionalTensor indices = contiguous(state_indices);
+    C10_CUDA_CHECK(launch_decode(
+        {token_rows(q, p.HO, p.K), token_rows(k, p.HS, p.K), token_rows(v, p.HS, p.V), token_rows(out, p.HO, p.V),
+         g.const_data_ptr<float>(), beta.const_data_ptr<float>(), lamb.const_data_ptr<float>(), start_kk, start_kv,
+         end_kk, end_kv, packed, indices ? indices->const_data_ptr<int64_t>() : nullptr, p.N, steps, bound,
+         static_cast<int>(p.B), static_cast<int>(p.T), static_cast<int>(p.HS), static_cast<int>(p.HO),
+         static_cast<int>(p.K), static_cast<int>(p.V), static_cast<int>(max_cg_iterations), static_cast<float>(cg_tol)},
+        at::cuda::getCurrentCUDAStream()));
+}
+
+// The states after so many tokens, kk [N, M.., HS, K, K] and kv [N, M.., HS, K, V].
+void make_states_at(const ProblemSize& p, const Tensor& k_, const Tensor& v_, const Tensor& g_, const Tensor& beta_,
+                    const OptionalTensor& h_kk, const OptionalTensor& h_kv, const OptionalTensor& cu_seqlens_,
+                    const Tensor& state_at_, const Tensor& kk, const Tensor& kv) {
+    const Tensor k = with_dense_rows(k_), v = with_dense_rows(v_), g = g_.contiguous(), beta = beta_.contiguous(),
+                 state_at = state_at_.contiguous();
+    const OptionalTensor cu_seqlens = contiguous(cu_seqlens_);
+    const int heads = static_cast<int>(p.HS);
+    C10_CUDA_CHECK(launch_state_at(
+        {{p.T, static_cast<int>(p.N), cu_seqlens ? cu_seqlens->const_data_ptr<int64_t>() : nullptr,
+          static_cast<int>(p.K), static_cast<int>(p.V), false, kSegmentChunks},
+         token_rows(k, heads, p.K), token_rows(v, heads, p.V),
+         {g.const_data_ptr<float>(), beta.const_data_ptr<float>(), heads, 1}, floats(h_kk), floats(h_kv),
+         state_at.const_data_ptr<int64_t>(), kk.data_ptr<float>(), kv.data_ptr<float>(), heads,
+         state_at.dim() == 2 ? static_cast<int>(state_at.size(1)) : 1},
+        at::cuda::getCurrentCUDAStream()));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
     const Tensor& q_, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
-    const OptionalTensor& h_kk, const OptionalTensor& h_kv, const OptionalTensor& cu_seqlens, int64_t max_cg_iterations,
-    double cg_tol, bool solution, bool final_state, bool solver_info) {
+    const OptionalTensor& h_kk_, const OptionalTensor& h_kv_, const OptionalTensor& cu_seqlens,
+    int64_t max_cg_iterations, double cg_tol, bool solution, bool final_state, bool solver_info,
+    const OptionalTensor& state_at) {
     const ProblemSize p =
-        check_chunk_inputs(q_, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
+        check_chunk_inputs(q_, k, v, g, beta, lamb, h_kk_, h_kv_, cu_seqlens, max_cg_iterations, cg_tol);
+    check_state_at(p, q_, cu_seqlens, state_at);
     const c10::cuda::CUDAGuard guard(q_.device());
+    const OptionalTensor h_kk = contiguous(h_kk_), h_kv = contiguous(h_kv_);
+    const auto f32 = g.options();
+    const Tensor end_kk = if_wanted(final_state, state_shape(p, state_at, p.K), f32);
+    const Tensor end_kv = if_wanted(final_state, state_shape(p, state_at, p.V), f32);
+    const Tensor steps = if_wanted(solver_info, {p.B, p.T, p.HO}, f32.dtype(at::kInt));
+    const Tensor bound = if_wanted(solver_info, {p.B, p.T, p.HO}, f32);
+    if (state_at && final_state) make_states_at(p, k, v, g, beta, h_kk, h_kv, cu_seqlens, *state_at, end_kk, end_kv);
+    float* const last_kk = state_at ? nullptr : data_or_null<float>(end_kk);
+    float* const last_kv = state_at ? nullptr : data_or_null<float>(end_kv);
+
+    // Which way a call goes may not depend on the batch; float32 may want refining, and packed lengths are not known.
+    if (p.dtype != at::kFloat && !cu_seqlens && p.T >= 1 && p.T <= kPieceTokens && !solution) {
+        const Tensor o = at::empty({p.B, p.T, p.HO, p.V}, q_.options());
+        decode(p, q_, k, v, g, beta, lamb, floats(h_kk), floats(h_kv), last_kk, last_kv, false, std::nullopt,
+               data_or_null<int>(steps), data_or_null<float>(bound), max_cg_iterations, cg_tol, o);
+        return {o, at::empty({0}, f32), end_kk, end_kv, steps, bound};
+    }
+
     const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
     const Tensor q = with_padded_rows(q_);
-    const auto f32 = c.float_options();
     const bool refines = p.dtype == at::kFloat;
     const Tensor o = empty_padded({p.B, p.T, p.HO, p.V}, q.options());
     const Tensor x = solution || refines ? empty_padded({p.B, p.T, p.HO, p.K}, f32) : at::empty({0}, f32);
-    const Tensor end_kk = if_wanted(final_state, {p.N, p.HS, p.K, p.K}, f32);
-    const Tensor end_kv = if_wanted(final_state, {p.N, p.HS, p.K, p.V}, f32);
-    const Tensor steps = if_wanted(solver_info, {p.B, p.T, p.HO}, f32.dtype(at::kInt));
-    const Tensor bound = if_wanted(solver_info, {p.B, p.T, p.HO}, f32);
-
     const States states(c, p.HS);
-    forward_states(c, states, data_or_null<float>(end_kk), data_or_null<float>(end_kv));
+    forward_states(c, states, last_kk, last_kv);
     Tensor hard_rows;
     if (refines) hard_rows = at::empty({c.problem.slots(), p.HO}, f32.dtype(at::kLong));
     SolveArgs args = solve_args(c, Solve::forward, states, rows_of(q, p.HO, p.K), max_cg_iterations, cg_tol);
@@ -361,27 +420,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
             sum_groups(end_kk, 1, p.HS, at::kFloat), sum_groups(end_kv, 1, p.HS, at::kFloat)};
 }
 
-Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                   const Tensor& lamb, const Tensor& h_kk, const Tensor& h_kv, const OptionalTensor& state_indices,
-                   int64_t max_cg_iterations, double cg_tol) {
+void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                 const Tensor& lamb, const Tensor& h_kk, const Tensor& h_kv, const OptionalTensor& state_indices,
+                 int64_t max_cg_iterations, double cg_tol, const Tensor& out) {
     const ProblemSize p =
-        check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol);
+        check_decode_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol, out);
     const c10::cuda::CUDAGuard guard(q.device());
-    check_device_fits(p);
-    Tensor o = at::empty({p.B, p.HO, p.V}, q.options());
-    // The decode kernel reads element by element and needs no padding, only dense rows.
-    const auto token = [](const Tensor& t) { return (t.stride(-1) == 1 ? t : t.contiguous()).unsqueeze(1); };
-    const Tensor q1 = token(q), k1 = token(k), v1 = token(v), g1 = g.contiguous(), beta1 = beta.contiguous(),
-                 lamb1 = lamb.contiguous();
-    const OptionalTensor indices = contiguous(state_indices);
-    C10_CUDA_CHECK(launch_decode(
-        {rows_of(q1, p.HO, p.K), rows_of(k1, p.HS, p.K), rows_of(v1, p.HS, p.V), rows_of(o.unsqueeze(1), p.HO, p.V),
-         g1.const_data_ptr<float>(), beta1.const_data_ptr<float>(), lamb1.const_data_ptr<float>(),
-         h_kk.data_ptr<float>(), h_kv.data_ptr<float>(), indices ? indices->const_data_ptr<int64_t>() : nullptr, p.N,
-         static_cast<int>(p.B), static_cast<int>(p.HS), static_cast<int>(p.HO), static_cast<int>(p.K),
-         static_cast<int>(p.V), static_cast<int>(max_cg_iterations), static_cast<float>(cg_tol)},
-        at::cuda::getCurrentCUDAStream()));
-    return o;
+    float *const kk = h_kk.data_ptr<float>(), *const kv = h_kv.data_ptr<float>();
+    decode(p, q, k, v, g, beta, lamb, kk, kv, kk, kv, is_packed(h_kk), state_indices, nullptr, nullptr,
+           max_cg_iterations, cg_tol, out);
+    mark_written({h_kk, h_kv, out});
 }
 
 }  // namespace

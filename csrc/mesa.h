@@ -11,6 +11,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include "packed.h"
+
 namespace mesa {
 
 constexpr int kChunk = 64;               // tokens of a chunk, and width and height of a panel
@@ -185,20 +187,41 @@ struct GradArgs {
 };
 cudaError_t launch_grad(const GradArgs&, cudaStream_t);
 
-// One token for every sequence; states in float32, updated in place.
+// A few tokens for every sequence, one after the other; states in float32.
 struct DecodeArgs {
-    Rows q, k, v, out;  // [B, 1, heads, width]; these rows need no padding or alignment
-    const float* g;     // [B, HS]
-    const float* beta;  // [B, HS]
+    Rows q, k, v, out;  // [B, T, heads, width]; these rows need no padding or alignment
+    const float* g;     // [B, T, HS]
+    const float* beta;  // [B, T, HS]
     const float* lamb;  // [HS, K]
-    float* h_kk;        // [pool, HS, K, K]
-    float* h_kv;        // [pool, HS, K, V]
-    const int64_t* state_indices;  // [B] or null
+    const float* start_kk;  // [pool, HS, K, K]  } the states before the tokens, or null: zeros
+    const float* start_kv;  // [pool, HS, K, V]  }
+    float* end_kk;  // the states after them, which may be in the same place, or null
+    float* end_kv;
+    bool packed;  // start_kk and end_kk, then the same: [pool, HS, packed_tiles(K), 16, 16], see packed.h; T = 1
+    const int64_t* state_indices;  // [B] rows of the pool, or null
     int64_t pool;
-    int B, HS, HO, K, V;
+    int* steps;    // [B, T, HO] or null
+    float* bound;  // [B, T, HO] or null
+    int B, T, HS, HO, K, V;
     int max_iterations;
     float tolerance;
 };
+constexpr int kPieceTokens = 16;  // up to so many tokens, reading and writing a state costs more than they do
 cudaError_t launch_decode(const DecodeArgs&, cudaStream_t);
+
+// States after the first tokens of each sequence, as single steps would leave them: a block reads the state before the
+// sequence and walks from there.
+struct StateAtArgs {
+    Problem problem;
+    Rows keys, values;  // these need no padding or alignment
+    Gates gates;
+    const float* start_kk;  // [N, heads, K, K] or null
+    const float* start_kv;  // [N, heads, K, V] or null
+    const int64_t* state_at;  // [N, M] numbers of tokens; taken into the range from 0 to the sequence's length
+    float* kk;  // [N, M, heads, K, K]
+    float* kv;  // [N, M, heads, K, V]
+    int heads, M;
+};
+cudaError_t launch_state_at(const StateAtArgs&, cudaStream_t);
 
 }  // namespace mesa

@@ -25,12 +25,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 @torch.library.register_fake("mesa_ext::chunk_forward")
 def _chunk_forward_fake(
     q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol,
-    solution=True, final_state=True, solver_info=True,
+    solution=True, final_state=True, solver_info=True, state_at=None,
 ):  # fmt: skip
     batch, tokens, q_heads, K = q.shape
     heads, V = v.shape[2:]
     out_heads = max(q_heads, heads)
-    n = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    states = [batch if cu_seqlens is None else cu_seqlens.shape[0] - 1]
+    if state_at is not None:
+        states += state_at.shape[1:]
 
     def result(wanted, *shape, dtype=g.dtype):  # one that is not wanted has no elements
         return g.new_empty(shape if wanted else (0,), dtype=dtype)
@@ -38,8 +40,8 @@ def _chunk_forward_fake(
     return (
         result(True, batch, tokens, out_heads, V, dtype=q.dtype),
         result(solution, batch, tokens, out_heads, K),
-        result(final_state, n, heads, K, K),
-        result(final_state, n, heads, K, V),
+        result(final_state, *states, heads, K, K),
+        result(final_state, *states, heads, K, V),
         result(solver_info, batch, tokens, out_heads, dtype=torch.int32),
         result(solver_info, batch, tokens, out_heads),
     )
@@ -57,12 +59,16 @@ def _chunk_backward_fake(
 
 
 @torch.library.register_fake("mesa_ext::decode_step")
-def _decode_step_fake(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol):
-    return q.new_empty(q.shape[0], max(q.shape[1], v.shape[1]), v.shape[2])
+def _decode_step_fake(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol, out):
+    pass
+
+
+decode_step = torch.ops.mesa_ext.decode_step.default  # looking it up takes time in every step
 
 
 def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.max_cg_iterations, ctx.cg_tol, solution, _, _ = inputs
+    *tensors, ctx.max_cg_iterations, ctx.cg_tol, solution, _, _, state_at = inputs
+    ctx.has_state_at = state_at is not None
     if not solution:
         raise RuntimeError("mesa_ext::chunk_forward: a call with solution=False cannot be differentiated")
     _, x, _, _, steps, bound = output
@@ -72,6 +78,8 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, do, _dx, dh_kk_final, dh_kv_final, _dsteps, _dbound):
+    if ctx.has_state_at and (dh_kk_final is not None or dh_kv_final is not None):
+        raise RuntimeError("mesa_attention: there is no gradient through the states that state_at asks for")
     q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x = ctx.saved_tensors
     if do is None:  # only the final state was used
         do = v.new_zeros(*x.shape[:3], v.shape[3])
@@ -79,7 +87,7 @@ def _backward(ctx, do, _dx, dh_kk_final, dh_kv_final, _dsteps, _dbound):
         do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x,
         ctx.max_cg_iterations, ctx.cg_tol,
     )  # fmt: skip
-    return *grads, dh_kk if h_kk is not None else None, dh_kv if h_kv is not None else None, *[None] * 6
+    return *grads, dh_kk if h_kk is not None else None, dh_kv if h_kv is not None else None, *[None] * 7
 
 
 torch.library.register_autograd("mesa_ext::chunk_forward", _backward, setup_context=_save_for_backward)
@@ -102,10 +110,12 @@ class _ChunkForward(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def chunk_forward(*inputs, final_state: bool, solver_info: bool) -> tuple[Tensor, ...]:
+def chunk_forward(
+    *inputs, final_state: bool, solver_info: bool, state_at: Tensor | None
+) -> tuple[Tensor, ...]:
     """``torch.ops.mesa_ext.chunk_forward`` with whatever of it the results and a gradient need."""
     differentiable = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
-    inputs = *inputs, differentiable, final_state, solver_info
+    inputs = *inputs, differentiable, final_state, solver_info, state_at
     if torch.compiler.is_compiling():
         return torch.ops.mesa_ext.chunk_forward(*inputs)
     return _ChunkForward.apply(*inputs) if differentiable else _below_autograd(*inputs)

@@ -167,6 +167,33 @@ def test_a_decode_state_must_be_contiguous(device):
     raises(r"h_kk must be contiguous", mesa_decode_step, **arguments(device, ()), state=MesaState(h.h_kk.mT, h.h_kv))
 
 
+BAD_OUT = {
+    "type": (lambda o: [o], r"out must be a torch.Tensor, got list"),
+    "shape": (lambda o: o[:, :1], r"out must have shape .*\[2, 2, 3\], got \[2, 1, 3\]"),
+    "rank": (lambda o: o[0], r"out must have shape .*got \[2, 3\]"),
+    "dtype": (lambda o: o.half(), r"out must be float32 .*got float16"),
+    "rows": (lambda o: o.mT.contiguous().mT, r"out must have rows of contiguous.*got strides \[6, 1, 2\]"),
+    "overlap": (lambda o: o[:1].expand(2, 2, 3), r"out must have rows .* not overlap, got strides \[0, 3, 1\]"),
+    "gradient": (lambda o: o.requires_grad_(), r"an argument requires one"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OUT)
+def test_out(device, case):
+    change, pattern = BAD_OUT[case]
+    h = state(device)
+    out = change(torch.zeros(B, H, V, device=device))
+    raises(pattern, mesa_decode_step, **arguments(device, ()), state=h, out=out)
+    assert not any(a.any() for a in h)
+
+
+@pytest.mark.parametrize("shape", [(), (H,), (B, K), (B, T, H, K)], ids=str)
+def test_ranks_of_a_token(device, shape):
+    for name in ("q", "k", "v"):
+        values = arguments(device, ()) | {name: torch.zeros(shape, device=device)}
+        raises(rf"{name} must have 3 dimensions.*got shape", mesa_decode_step, **values, state=state(device))
+
+
 @pytest.mark.gpu
 def test_devices_are_not_mixed():
     for name in ("q", "k", "v", "g", "beta", "lamb"):

@@ -62,12 +62,22 @@ def test_results_that_are_not_wanted(device, wanted):
     assert torch.autograd.grad(o.sum(), leaf)[0].equal(gradient)
 
 
+@pytest.mark.parametrize("counts", [[2, 5], [[0, 5, 1], [4, 4, 2]]], ids=str)
+def test_opcheck_state_at(device, counts):
+    inputs = draw("random", device, torch.bfloat16, B=2, T=5, heads=(4, 1, 2), K=8, V=5, context=10)
+    arguments = *inputs.tokens(), inputs.lamb, *inputs.initial_state, None, *SOLVER, False, True, True
+    torch.library.opcheck(
+        torch.ops.mesa_ext.chunk_forward.default, arguments, {"state_at": torch.tensor(counts, device=device)}
+    )
+
+
 @pytest.mark.parametrize("rows", [None, [3, -1]], ids=str)
 def test_opcheck_decode(device, rows):
     inputs = draw("random", device, torch.float32, B=2, T=1, heads=(4, 1, 2), K=8, V=5)
     state = MesaState.zeros(2 if rows is None else 4, 2, 8, 5, device=device)
     indices = None if rows is None else torch.tensor(rows, device=device)
-    arguments = *(a[:, 0] for a in inputs.tokens()), inputs.lamb, *state, indices, *SOLVER
+    out = inputs.v.new_empty(2, 4, 5)
+    arguments = *(a[:, 0] for a in inputs.tokens()), inputs.lamb, *state, indices, *SOLVER, out
     torch.library.opcheck(torch.ops.mesa_ext.decode_step.default, arguments)
 
 
@@ -90,6 +100,14 @@ def test_compile_without_graph_breaks(device, dynamic):
         assert_close(evaluate(compiled, inputs, gradients), evaluate(attention, inputs, gradients), 1e-5)
 
 
+def test_compile_state_at(device):
+    compiled = torch.compile(mesa_attention, fullgraph=True, backend="aot_eager")
+    for B, T, counts in ((2, 5, [1, 5]), (3, 5, [[0, 2], [1, 3], [5, 0]]), (2, 40, [7, 40])):
+        inputs = draw("random", device, torch.bfloat16, B=B, T=T, K=8, V=5, context=10)
+        options = {"output_final_state": True, "state_at": torch.tensor(counts, device=device)}
+        assert_bitwise(evaluate(compiled, inputs, **options), evaluate(mesa_attention, inputs, **options))
+
+
 def test_compile_with_inductor(device):
     inputs = draw("random", device, torch.float32, T=70, K=8, V=5)
     gradients = output_gradients(inputs)
@@ -106,10 +124,13 @@ def test_compile_decode(device):
     token = [a[:, 0] for a in inputs.tokens()]
     states = [MesaState(*(h.clone() for h in inputs.initial_state)) for _ in range(2)]
     compiled = torch.compile(mesa_decode_step, fullgraph=True, backend="aot_eager")
+    place = inputs.v.new_empty(2, 2, 5)
     with torch.no_grad():
-        for _ in range(2):
-            outputs = [f(*token, inputs.lamb, s) for f, s in zip((mesa_decode_step, compiled), states)]
-            assert torch.equal(*outputs) and torch.equal(states[0].h_kk, states[1].h_kk)
+        for out in (None, None, place, place):
+            expected = mesa_decode_step(*token, inputs.lamb, states[0])
+            o = compiled(*token, inputs.lamb, states[1], out=out)
+            assert torch.equal(o, expected) and torch.equal(states[0].h_kk, states[1].h_kk)
+            assert out is None or torch.equal(place, expected)
             assert not torch.equal(states[0].h_kk, inputs.initial_state.h_kk)
 
 
@@ -294,6 +315,29 @@ def test_cuda_graph_of_decode():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_cuda_graph_of_a_piece(dtype):
+    inputs = draw("random", "cuda", dtype, B=4, T=5, K=64, V=32, context=10)
+    counts = torch.tensor([3, 0, 5, 1], device="cuda")
+
+    def run():
+        o, state = inputs.call(mesa_attention, output_final_state=True, state_at=counts)
+        return o, *state
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    other = draw("corr .5, Wk", "cuda", dtype, B=4, T=5, K=64, V=32, context=10)
+    arguments, others = ((*a.tokens(), a.lamb, *a.initial_state) for a in (inputs, other))
+    for a, b in zip(arguments, others):
+        a.copy_(b)
+    counts.copy_(torch.tensor([0, 5, 2, 4]))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, run()))
+
+
+@pytest.mark.gpu
 def test_no_synchronisation():
     """Neither the host nor the default stream is waited for, packed sequences included."""
     inputs = draw("random", "cuda", torch.bfloat16, lengths=[70, 0, 100], K=64, V=32, context=10)
@@ -305,6 +349,7 @@ def test_no_synchronisation():
         o, state = leaves.call(mesa_attention, output_final_state=True)
         (o.float().sum() + state.h_kk.sum()).backward()
         mesa_decode_step(*token, inputs.lamb, inputs.initial_state, state_indices=rows)
+        inputs.call(mesa_attention, output_final_state=True, state_at=rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,9 +1,11 @@
-// decode: one token for every sequence. States in fp32 are updated in place, the system is solved with the same rules
-// as in the chunked path (cg.h), and the output is read from the updated G.
+// decode: one token for every sequence, or a piece of a few, one after the other. States in fp32 are read and written
+// once, the system is solved with the same rules as in the chunked path (cg.h), and the output is read from the updated
+// G. Each token is computed as in a call of its own, so that a piece gives, bit for bit, what single steps do.
 //
 // One block of 8 warps owns a sequence and state head. All that it reads is asked for at once: H comes to registers, a
 // warp holding KP / 8 rows, a lane the same KP / 32 columns of each; G comes to shared memory while the system is being
-// solved, every thread fetching what it will use itself. So the memory has work while the warps compute.
+// solved, every thread fetching what it will use itself. So the memory has work while the warps compute. In a piece
+// both stay where they are from token to token.
 //
 // Since H is symmetric, H p is taken as the sum of p_i times row i: no shuffles, but an exchange between the warps, of
 // which each sums the elements of its own rows only and keeps r and x for these. A step has two barriers: one for the
@@ -13,6 +15,7 @@
 
 #include "../cg.h"
 #include "chunk.cuh"
+#include "token.cuh"
 
 namespace mesa {
 namespace {
@@ -28,6 +31,7 @@ struct alignas(16) Shared {
     float k[KP], v[kMaxWidth];
     float q[2][KP];     // of one query and the next
     float inverse[KP];  // of lamb
+    float decay, beta;
     float z[KP];
     // Of these, warps read only the elements of their own rows: no barrier needed.
     float direction[KP];
@@ -74,32 +78,6 @@ __device__ __forceinline__ void store_vector(float* to, const float (&v)[N]) {
     else *reinterpret_cast<float2*>(to) = {v[0], v[1]};
 }
 
-// Element `col` of a [B, 1, heads, width] tensor's row as it lies there, zero past the width: to be fetched early and
-// converted when it is needed, so that no load waits for another.
-__device__ __forceinline__ uint32_t fetch_row_value(const Rows& m, int b, int head, int col) {
-    if (col >= m.width) return 0;
-    const int64_t at = b * m.batch_stride + (m.group == 1 ? head : head / m.group) * m.head_stride + col;
-    if (m.dtype == DType::f32) return static_cast<const uint32_t*>(m.data)[at];
-    return static_cast<const uint16_t*>(m.data)[at];
-}
-
-__device__ __forceinline__ float converted(uint32_t bits, DType dtype) {
-    switch (dtype) {
-        case DType::f16: return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
-        case DType::bf16: return __uint_as_float(bits << 16);
-        default: return __uint_as_float(bits);
-    }
-}
-
-__device__ __forceinline__ void set_row_value(const Rows& m, int b, int head, int col, float v) {
-    const int64_t at = b * m.batch_stride + head * m.head_stride + col;
-    switch (m.dtype) {
-        case DType::f16: static_cast<__half*>(m.data)[at] = __float2half_rn(v); break;
-        case DType::bf16: static_cast<__nv_bfloat16*>(m.data)[at] = __float2bfloat16_rn(v); break;
-        default: static_cast<float*>(m.data)[at] = v;
-    }
-}
-
 // N elements of a state's row, of which `left` > 0 are there; with Aligned all, at a multiple of their size.
 template <bool Aligned, int N>
 __device__ __forceinline__ void load_state_row(float (&v)[N], const float* from, int left) {
@@ -122,8 +100,16 @@ __device__ __forceinline__ void store_state_row(float* to, const float (&v)[N], 
     }
 }
 
-template <int KP, bool Aligned>
-__global__ void __launch_bounds__(kWarps * 32, KP == 64 ? 3 : 2) decode_kernel(const __grid_constant__ DecodeArgs a) {
+enum class Kind {
+    step,         // one token in place
+    packed_step,  // the same with H packed
+    piece,        // T tokens, from a state that may be none to one that may be none
+};
+
+template <int KP, bool Aligned, Kind kind>
+__global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ? 3 : 2)
+    decode_kernel(const __grid_constant__ DecodeArgs a) {
+    constexpr bool Piece = kind == Kind::piece, Packed = kind == Kind::packed_step;
     constexpr int kRows = KP / kWarps, kCols = KP / 32;
     constexpr int kSharers = 32 / kRows;  // lanes to an element of the warp's own rows
     __shared__ Shared<KP> shared;
@@ -131,97 +117,155 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 ? 3 : 2) decode_kernel(c
     MESA_DYNAMIC_SHARED(dynamic_shared);
     // Opaque, or with so few registers left they would be made anew in every step.
     const int lane = ptx::opaque(threadIdx.x % 32), warp = ptx::opaque(threadIdx.x / 32);
-    const int b = blockIdx.x / a.HS, head = blockIdx.x % a.HS;
     const int queries = a.HO / a.HS;
     const int first_row = warp * kRows, own = first_row + lane % kRows;
     const int col = lane * kCols, v_col = lane * 4;
+    // The sequence and head, in a piece made anew for every token: kept, they would fill registers.
+    struct Place {
+        int b, head;
+    };
+    const auto place = [&] {
+        const int block = Piece ? ptx::opaque(int(blockIdx.x)) : int(blockIdx.x);
+        return Place{block / a.HS, block % a.HS};
+    };
 
     // Everything is asked for before anything is used; what the row of the pool does not matter for, first.
-    const int64_t state = a.state_indices ? a.state_indices[b] : b;
-    const float g = a.g[int64_t(b) * a.HS + head], beta = a.beta[int64_t(b) * a.HS + head];
-    const uint32_t k_bits = fetch_row_value(a.k, b, head, own);
-    const uint32_t v_bits = fetch_row_value(a.v, b, head, threadIdx.x);
-    uint32_t q_bits = fetch_row_value(a.q, b, head * queries, own);
-    const float lamb_own = own < a.K ? a.lamb[int64_t(head) * a.K + own] : 1.f;
-    if (state < 0 || state >= a.pool) {
+    const int64_t pool_row = a.state_indices ? a.state_indices[place().b] : place().b;
+    const auto state = [&] { return (Piece ? place().b : pool_row) * a.HS + place().head; };
+    const int tokens = Piece ? a.T : 1;
+    float g, beta;
+    uint32_t k_bits, v_bits, q_bits;
+    const auto fetch_token = [&](int t) {
+        const auto [b, head] = place();
+        const int64_t at = (int64_t(b) * tokens + t) * a.HS + head;
+        g = a.g[at], beta = a.beta[at];
+        k_bits = fetch_row_value(a.k, b, t, head, own);
+        v_bits = fetch_row_value(a.v, b, t, head, threadIdx.x);
+        q_bits = fetch_row_value(a.q, b, t, head * queries, own);
+    };
+    fetch_token(0);
+    const float lamb_own = own < a.K ? a.lamb[int64_t(place().head) * a.K + own] : 1.f;
+    if (pool_row < 0 || pool_row >= a.pool) {
+        const auto [b, head] = place();
 #pragma unroll 1
         for (int i = threadIdx.x; i < queries * a.V; i += kWarps * 32)
-            set_row_value(a.out, b, head * queries + i / a.V, i % a.V, 0.f);
-        return;
+            set_row_value(a.out, b, 0, head * queries + i / a.V, i % a.V, 0.f);
+        return;  // a piece skips none
     }
 
     float h[kRows][kCols];
     const int h_rows = col < a.K ? a.K - first_row : 0;  // of which the lane has elements
-    float* const h_first = a.h_kk + ((state * a.HS + head) * a.K + first_row) * a.K + col;
-    float* h_row = ptx::opaque_global(h_first);
+    const auto h_first = [&] { return (state() * a.K + first_row) * a.K + col; };
+    // Packed, a warp's rows and the lane's columns are in one tile; below the diagonal, as columns and rows of another.
+    const int row_tile = first_row / kTile, col_tile = col / kTile;
+    const auto tile = [&](int i, int j) {  // i <= j
+        return (state() * packed_tiles(a.K) + packed_tile(a.K, i, j)) * kTile * kTile;
+    };
+    const bool in_tiles = max(row_tile, col_tile) * kTile < a.K;
+    if constexpr (Packed) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r, h_row = ptx::opaque_global(h_row + a.K)) {
+        for (int r = 0; r < kRows; ++r)
 #pragma unroll
-        for (int e = 0; e < kCols; ++e) h[r][e] = 0.f;
-        if (r < h_rows) load_state_row<Aligned>(h[r], h_row, a.K - col);
+            for (int e = 0; e < kCols; ++e) h[r][e] = 0.f;
+        if (in_tiles && row_tile <= col_tile) {
+            const float* const from = a.start_kk + tile(row_tile, col_tile) + first_row % kTile * kTile + col % kTile;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) load_vector(h[r], from + r * kTile);
+        } else if (in_tiles) {
+            const float* const from = a.start_kk + tile(col_tile, row_tile) + col % kTile * kTile + first_row % kTile;
+#pragma unroll
+            for (int e = 0; e < kCols; ++e)
+#pragma unroll
+                for (int r = 0; r < kRows; r += 4) {
+                    float part[4];
+                    load_vector(part, from + e * kTile + r);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) h[r + i][e] = part[i];
+                }
+        }
+    } else {
+        const bool from_zero = Piece && !a.start_kk;
+        const float* h_row = ptx::opaque_global(a.start_kk + h_first());
+#pragma unroll
+        for (int r = 0; r < kRows; ++r, h_row = ptx::opaque_global(h_row + a.K)) {
+#pragma unroll
+            for (int e = 0; e < kCols; ++e) h[r][e] = 0.f;
+            if (r < h_rows && !from_zero) load_state_row<Aligned>(h[r], h_row, a.K - col);
+        }
     }
-
-    // All warps want these whole. (And the compiler would put H's loads behind G's, but leaves them before a barrier.)
-    const float decay = expf(g), inverse_own = __frcp_rn(lamb_own);
-    if (lane < kRows) {
-        sm.k[own] = converted(k_bits, a.k.dtype);
-        sm.q[0][own] = converted(q_bits, a.q.dtype);
-        sm.inverse[own] = inverse_own;
-    }
-    if (threadIdx.x < kMaxWidth) sm.v[threadIdx.x] = converted(v_bits, a.v.dtype);
-    __syncthreads();
+    const float inverse_own = __frcp_rn(lamb_own);
+    if (lane < kRows) sm.inverse[own] = inverse_own;
 
     // The rows of G, the lanes taking the columns four by four.
-    float* const g_first = a.h_kv + ((state * a.HS + head) * a.K + first_row) * a.V + v_col;
+    const auto g_first = [&] { return (state() * a.K + first_row) * a.V + v_col; };
     const int g_rows = v_col < a.V ? a.K - first_row : 0;
-    float* const stage = reinterpret_cast<float*>(dynamic_shared) + first_row * kMaxWidth + v_col;
-    if constexpr (Aligned) {
-        float* g_row = ptx::opaque_global(g_first);
+    const auto stage_of_thread = [&] {
+        return reinterpret_cast<float*>(dynamic_shared) + ptx::opaque(first_row) * kMaxWidth + v_col;
+    };
+    const auto fetch_g = [&] {
+        float* const stage = stage_of_thread();
+        const bool from_zero = Piece && !a.start_kv;
+        const float* g_row = ptx::opaque_global(a.start_kv + g_first());
 #pragma unroll
-        for (int r = 0; r < kRows; ++r, g_row = ptx::opaque_global(g_row + a.V))
-            if (r < g_rows) ptx::cp_async16(stage + r * kMaxWidth, g_row);
+        for (int r = 0; r < kRows; ++r, g_row = ptx::opaque_global(g_row + a.V)) {
+            if (r >= g_rows) continue;
+            if (from_zero) {
+                store_vector(stage + r * kMaxWidth, {0.f, 0.f, 0.f, 0.f});
+            } else if constexpr (Aligned) {
+                ptx::cp_async16(stage + r * kMaxWidth, g_row);
+            } else {
+                float row[4];
+                load_state_row<false>(row, g_row, a.V - v_col);
+                store_vector(stage + r * kMaxWidth, row);
+            }
+        }
         ptx::cp_async_commit();
-    }
+    };
 
     // H <- decay H + beta k k'
-    {
+    const auto update_h = [&](bool last) {
+        const float decay = sm.decay, beta = sm.beta;
         float k[kCols];
         load_vector(k, &sm.k[col]);
-        const int h_rows_again = ptx::opaque(h_rows);  // compared anew: kept, the predicates would fill registers
-        h_row = ptx::opaque_global(h_first);
+        // Kept, the predicates would fill registers. Tiles are stored whole, by those that have them as they lie.
+        const int rows_here = Packed ? (in_tiles && row_tile <= col_tile ? kRows : 0) : h_rows;
+        const int rows_to_store = ptx::opaque(last && a.end_kk ? rows_here : 0);
+        float* h_row = ptx::opaque_global(
+            a.end_kk +
+            (Packed ? tile(row_tile, col_tile) + first_row % kTile * kTile + col % kTile : h_first()));
 #pragma unroll
         for (int r = 0; r < kRows; r += 4) {
             float k_row[4];
             load_vector(k_row, &sm.k[first_row + r]);
 #pragma unroll
-            for (int i = 0; i < 4; ++i, h_row = ptx::opaque_global(h_row + a.K)) {
+            for (int i = 0; i < 4; ++i, h_row = ptx::opaque_global(h_row + (Packed ? kTile : a.K))) {
 #pragma unroll
                 for (int e = 0; e < kCols; ++e) h[r + i][e] = fmaf(decay, h[r + i][e], beta * (k_row[i] * k[e]));
-                if (r + i < h_rows_again) store_state_row<Aligned>(h_row, h[r + i], a.K - col);
+                if (r + i < rows_to_store) store_state_row<Aligned || Packed>(h_row, h[r + i], a.K - col);
             }
         }
-    }
-
-    const float tol_squared = a.tolerance * a.tolerance;
+    };
 
     // G <- decay G + beta k v' (with the first queries; kept in shared memory if others follow), o = G' x, `batch` rows
     // of a warp together.
-    const auto read_out = [&](auto batch, int first, int count, bool last) {
+    const auto read_out = [&](auto batch, int t, int first, int count, bool last) {
         constexpr int kBatch = decltype(batch)::value;
         if constexpr (Aligned) ptx::cp_async_wait<0>();
         __syncwarp();
+        float* const stage = stage_of_thread();
         float o[kQueries][4] = {};
-        float* g_row = ptx::opaque_global(g_first);
+        const bool store = t + 1 == tokens && a.end_kv;
+        float* g_row = ptx::opaque_global(a.end_kv + g_first());
 #pragma unroll 1
         for (int r = 0; r < kRows; r += kBatch, g_row += kBatch * a.V) {
             float rows[kBatch][4] = {};
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 if (r + i >= g_rows) continue;
-                if constexpr (Aligned) load_vector(rows[i], stage + (r + i) * kMaxWidth);
-                else load_state_row<false>(rows[i], g_row + i * a.V, a.V - v_col);
+                load_vector(rows[i], stage + (r + i) * kMaxWidth);
             }
             if (first == 0) {
+                const float decay = sm.decay, beta = sm.beta;
                 float v[4];
                 load_vector(v, &sm.v[v_col]);
 #pragma unroll
@@ -230,8 +274,8 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 ? 3 : 2) decode_kernel(c
                     const float k_row = sm.k[first_row + r + i];
 #pragma unroll
                     for (int e = 0; e < 4; ++e) rows[i][e] = fmaf(decay, rows[i][e], beta * (k_row * v[e]));
-                    store_state_row<Aligned>(g_row + i * a.V, rows[i], a.V - v_col);
-                    if (Aligned && !last) store_vector(stage + (r + i) * kMaxWidth, rows[i]);
+                    if (store) store_state_row<Aligned>(g_row + i * a.V, rows[i], a.V - v_col);
+                    if (!last) store_vector(stage + (r + i) * kMaxWidth, rows[i]);
                 }
             }
 #pragma unroll
@@ -257,12 +301,30 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 ? 3 : 2) decode_kernel(c
                 float sum = 0.f;
 #pragma unroll
                 for (int w = 0; w < kWarps; ++w) sum += partial[w][threadIdx.x];
-                set_row_value(a.out, b, head * queries + first + query, threadIdx.x, sum);
+                const auto [b, head] = place();
+                set_row_value(a.out, b, t, head * queries + first + query, threadIdx.x, sum);
             }
         }
     };
 
-    for (int first = 0;; first += kQueries) {
+    const float tol_squared = a.tolerance * a.tolerance;
+    int t = 0;
+    const auto begin_token = [&] {
+        // All warps want these whole; of the token before, nobody does any more.
+        if (lane < kRows) {
+            const int element = ptx::opaque(own);
+            sm.k[element] = converted(k_bits, a.k.dtype);
+            sm.q[0][element] = converted(q_bits, a.q.dtype);
+        }
+        if (threadIdx.x < kMaxWidth) sm.v[threadIdx.x] = converted(v_bits, a.v.dtype);
+        if (threadIdx.x == 0) sm.decay = expf(g), sm.beta = beta;
+        __syncthreads();
+        if (t == 0) fetch_g();  // here, since the compiler leaves H's loads before a barrier, and not before G's
+        update_h(t + 1 == tokens);
+    };
+    begin_token();  // here and at the end of the loop: once, at its beginning, it would cost registers
+
+    for (int first = 0;;) {
         const int count = min(kQueries, queries - first);
         for (int query = 0; query < count; ++query) {
             const float q_own = converted(q_bits, a.q.dtype);
@@ -271,7 +333,8 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 ? 3 : 2) decode_kernel(c
                 if (lane < kRows) q[own] = q_own;
                 __syncthreads();
             }
-            if (first + query + 1 < queries) q_bits = fetch_row_value(a.q, b, head * queries + first + query + 1, own);
+            if (first + query + 1 < queries)
+                q_bits = fetch_row_value(a.q, place().b, t, place().head * queries + first + query + 1, own);
             float p[kCols], inverse[kCols], amax = 0.f, rz = 0.f;
             load_vector(p, &q[col]);
             load_vector(inverse, &sm.inverse[col]);
@@ -334,24 +397,49 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 ? 3 : 2) decode_kernel(c
                 for (int e = 0; e < kCols; ++e) p[e] = fmaf(beta_cg, p[e], z[e]);
             }
             if (lane < kRows) sm.x[query][own] = x_own * scale.down;
+            if (Piece && threadIdx.x == 0) {
+                const auto [b, head] = place();
+                const int64_t at = (int64_t(b) * tokens + t) * a.HO + head * queries + first + query;
+                if (a.steps) a.steps[at] = row.steps();
+                if (a.bound) a.bound[at] = sqrtf(row.bound_squared());
+            }
         }
-        if (first + kQueries >= queries) {
+        const bool last = first + kQueries >= queries;
+        if (last && t + 1 == tokens) {
             // A copy of its own, since H's registers are free here.
-            read_out(std::integral_constant<int, 8>(), first, count, true);
+            read_out(std::integral_constant<int, 8>(), t, first, count, true);
             return;
         }
-        read_out(std::integral_constant<int, 2>(), first, count, false);
-        __syncthreads();  // `partial` is free again
+        read_out(std::integral_constant<int, 2>(), t, first, count, false);
+        first += kQueries;
+        if (Piece && last) {
+            first = 0;
+            fetch_token(++t);
+            begin_token();
+        } else {
+            __syncthreads();  // `partial` is free again
+        }
     }
+}
+
+template <int KP, bool Aligned>
+cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
+    const bool step = a.T == 1 && a.end_kk && a.start_kk == a.end_kk && a.start_kv == a.end_kv && !a.steps && !a.bound;
+    const auto kernel = a.packed ? decode_kernel<KP, Aligned, Kind::packed_step>
+                        : step   ? decode_kernel<KP, Aligned, Kind::step>
+                                 : decode_kernel<KP, Aligned, Kind::piece>;
+    if (a.packed && !step) return cudaErrorInvalidValue;
+    return launch(kernel, a, int64_t(a.B) * a.HS, KP * kMaxWidth * sizeof(float), stream, kWarps * 32);
 }
 
 template <int KP>
 cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
-    const int64_t blocks = int64_t(a.B) * a.HS;
-    const auto aligned = [](const float* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-    if (a.K % (KP / 32) == 0 && a.V % 4 == 0 && aligned(a.h_kk) && aligned(a.h_kv))
-        return launch(decode_kernel<KP, true>, a, blocks, KP * kMaxWidth * sizeof(float), stream, kWarps * 32);
-    return launch(decode_kernel<KP, false>, a, blocks, 0, stream, kWarps * 32);
+    const auto multiple_of_16 = [](const float* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+    const bool kk_aligned = multiple_of_16(a.start_kk) && multiple_of_16(a.end_kk);
+    const bool kv_aligned = multiple_of_16(a.start_kv) && multiple_of_16(a.end_kv) && a.V % 4 == 0;
+    if (a.packed && !kk_aligned) return cudaErrorMisalignedAddress;
+    const bool aligned = kv_aligned && kk_aligned && (a.packed || a.K % (KP / 32) == 0);
+    return aligned ? launch_decode_kernel<KP, true>(a, stream) : launch_decode_kernel<KP, false>(a, stream);
 }
 
 }  // namespace

@@ -75,10 +75,11 @@ __device__ __forceinline__ void store_streaming(float* to, const float (&v)[2]) 
 }
 
 // p, whose origin is forgotten: addresses come from here by additions, not each from the kernel's argument.
-__device__ __forceinline__ float* opaque_global(float* p) {
+template <typename T>
+__device__ __forceinline__ T* opaque_global(T* p) {
     size_t address = __cvta_generic_to_global(p);
     asm volatile("" : "+l"(address));
-    return static_cast<float*>(__cvta_global_to_generic(address));
+    return static_cast<T*>(__cvta_global_to_generic(address));
 }
 // The same for shared memory, whose addresses would be put together from special registers every time.
 template <typename T>

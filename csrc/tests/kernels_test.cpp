@@ -551,6 +551,26 @@ bool test_hard_rows(int K, int V, std::vector<int64_t> bounds, int group = 1) {
                   {{"o", pass.o.doubles(), e.o}, {"x", pass.x.doubles(), e.x}}, 2e-5);
 }
 
+template <typename T>
+bool equal(const Array<T>& a, const Array<T>& b) {
+    const std::vector<T> x = a.host(), y = b.host();
+    return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(T)) == 0;
+}
+
+// The tiles of symmetric matrices [.., K, K].
+Vec packed(const Vec& full, int K) {
+    const int rows = static_cast<int>(tile_rows(K));
+    Vec out;
+    for (size_t first = 0; first < full.size(); first += size_t(K) * K)
+        for (int i = 0; i < rows; ++i)
+            for (int j = i; j < rows; ++j)
+                for (int e = 0; e < kTile * kTile; ++e) {
+                    const int row = i * kTile + e / kTile, col = j * kTile + e % kTile;
+                    out.push_back(row < K && col < K ? full[first + row * K + col] : 0);
+                }
+    return out;
+}
+
 // Decode takes sequences of one token: rows 2 and 0 of a pool of three; the middle one of three sequences is skipped.
 bool test_decode(int K, int V, DType dtype, int group = 1) {
     const int HS = 2, H = HS * group, B = 3, pool = 3;
@@ -575,14 +595,119 @@ bool test_decode(int K, int V, DType dtype, int group = 1) {
                  h_kv = floats(pooled(in.h_kv));
     Output o(B, 1, H, V, V);
     Array<int64_t> state_indices(indices);
-    check(launch_decode({q.rows, k.rows, v.rows, o.rows, g.data, beta.data, lamb.data, h_kk.data, h_kv.data,
-                         state_indices.data, pool, B, HS, H, K, V, 50, 1e-5f}, nullptr), "decode");
+    DecodeArgs args{q.rows, k.rows, v.rows, o.rows, g.data, beta.data, lamb.data, h_kk.data, h_kv.data, h_kk.data,
+                    h_kv.data, false, state_indices.data, pool, nullptr, nullptr, B, 1, HS, H, K, V, 50, 1e-5f};
+    check(launch_decode(args, nullptr), "decode");
+
+    Array<float> packed_kk = floats(packed(pooled(in.h_kk), K)), other_kv = floats(pooled(in.h_kv));
+    Output other_o(B, 1, H, V, V);
+    args.out = other_o.rows, args.packed = true;
+    args.start_kk = args.end_kk = packed_kk.data, args.start_kv = args.end_kv = other_kv.data;
+    check(launch_decode(args, nullptr), "packed decode");
     check(cudaDeviceSynchronize(), "decode");
-    return report(std::string("decode ") + name(dtype) + " K=" + std::to_string(K) + " V=" + std::to_string(V) +
+    const bool same = equal(o.data, other_o.data) && equal(h_kv, other_kv) &&
+                      equal(packed_kk, floats(packed(h_kk.doubles(), K)));
+    if (!same) std::printf("packed or not, the bits differ\n");
+    return same & report(std::string("decode ") + name(dtype) + " K=" + std::to_string(K) + " V=" + std::to_string(V) +
                       (group == 1 ? "" : " groups"),
                   {{"o", o.doubles(), without_skipped(expected.o, {})},
                    {"h_kk", h_kk.doubles(), pooled(without_skipped(expected.h_kk, in.h_kk))},
                    {"h_kv", h_kv.doubles(), pooled(without_skipped(expected.h_kv, in.h_kv))}}, 1e-3);
+}
+
+// A piece of T tokens to a state of its own, and the states along the way; the same bits as T single steps. From
+// nothing, if there is no start.
+bool test_piece(int T, int K, int V, DType dtype, int group = 1, bool with_start = true) {
+    const int HS = 2, H = HS * group, B = 2, steps = 50;
+    const float tolerance = 1e-5f;
+    Inputs in(B, T, H, K, V, dtype, {}, group);
+    if (!with_start) std::fill(in.h_kk.begin(), in.h_kk.end(), 0.), std::fill(in.h_kv.begin(), in.h_kv.end(), 0.);
+    Matrix q(in.q, dtype, T, H, K), k(in.k, dtype, T, HS, K), v(in.v, dtype, T, HS, V);
+    const Results expected = reference(in);
+    const Array<float> g = floats(in.g), beta = floats(in.beta), lamb = floats(in.lamb);
+    Array<float> h_kk = floats(in.h_kk), h_kv = floats(in.h_kv), end_kk(h_kk.count), end_kv(h_kv.count),
+                 bound(B * T * H), step_bound(bound.count);
+    Array<int> taken(bound.count);
+    Output o(B, T, H, V, V), step_o(B, T, H, V, V);
+    DecodeArgs args{q.rows, k.rows, v.rows, o.rows, g.data, beta.data, lamb.data, with_start ? h_kk.data : nullptr,
+                    with_start ? h_kv.data : nullptr, end_kk.data, end_kv.data, false, nullptr, B, taken.data,
+                    bound.data, B, T, HS, H, K, V, steps, tolerance};
+    check(launch_decode(args, nullptr), "piece");
+
+    // States after 0, 1, .. T tokens, and numbers beyond either end.
+    std::vector<int64_t> counts;
+    for (int n = 0; n < B; ++n)
+        for (int t = -1; t <= T + 1; ++t) counts.push_back(t);
+    const int M = T + 3;
+    Array<int64_t> state_at(counts);
+    const size_t kk_size = h_kk.count / B, kv_size = h_kv.count / B;
+    Array<float> kk(B * M * kk_size), kv(B * M * kv_size);
+    const Problem problem{T, B, nullptr, K, V, false, kSegmentChunks};
+    check(launch_state_at({problem, k.rows, v.rows, {g.data, beta.data, HS, 1}, args.start_kk, args.start_kv,
+                           state_at.data, kk.data, kv.data, HS, M}, nullptr), "state_at");
+    check(cudaDeviceSynchronize(), "piece");
+    const std::vector<float> kks = kk.host(), kvs = kv.host();
+
+    // The steps, each a call with the gates of its token alone.
+    bool same = true;
+    const auto is_state = [&](int m) {
+        const std::vector<float> now_kk = h_kk.host(), now_kv = h_kv.host();
+        for (int n = 0; n < B; ++n)
+            same &= std::equal(&now_kk[n * kk_size], &now_kk[n * kk_size] + kk_size, &kks[(n * M + m) * kk_size]) &&
+                    std::equal(&now_kv[n * kv_size], &now_kv[n * kv_size] + kv_size, &kvs[(n * M + m) * kv_size]);
+    };
+    is_state(0), is_state(1);
+    for (int t = 0; t < T; ++t) {
+        const auto of_token = [&](const Vec& all) {
+            Vec out;
+            for (int n = 0; n < B; ++n) out.insert(out.end(), &all[(n * T + t) * HS], &all[(n * T + t) * HS] + HS);
+            return floats(out);
+        };
+        const auto token = [&](Rows rows, int element) {
+            rows.data = static_cast<char*>(rows.data) + t * rows.token_stride * element;
+            return rows;
+        };
+        const int element = dtype == DType::f32 ? 4 : 2;
+        const Array<float> g1 = of_token(in.g), beta1 = of_token(in.beta);
+        check(launch_decode({token(q.rows, element), token(k.rows, element), token(v.rows, element),
+                             token(step_o.rows, 4), g1.data, beta1.data, lamb.data, h_kk.data, h_kv.data, h_kk.data,
+                             h_kv.data, false, nullptr, B, nullptr, nullptr, B, 1, HS, H, K, V, steps, tolerance},
+                            nullptr), "decode");
+        check(cudaDeviceSynchronize(), "decode");
+        is_state(t + 2);
+    }
+    is_state(T + 2);
+    same &= equal(o.data, step_o.data) && equal(end_kk, h_kk) && equal(end_kv, h_kv);
+    for (const float b : bound.host()) same &= b >= 0 && b <= tolerance;
+    for (const int s : taken.host()) same &= s > 0 && s < steps;
+    if (!same) std::printf("a piece, single steps and the states along the way differ\n");
+    return same & report(std::string("piece ") + name(dtype) + " T=" + std::to_string(T) + " K=" + std::to_string(K) +
+                             " V=" + std::to_string(V) + (group == 1 ? "" : " groups") + (with_start ? "" : " from 0"),
+                         {{"o", o.doubles(), expected.o},
+                          {"h_kk", end_kk.doubles(), expected.h_kk},
+                          {"h_kv", end_kv.doubles(), expected.h_kv}}, 1e-3);
+}
+
+// The states after some tokens of packed sequences, one longer than a piece.
+bool test_state_at(int K, int V, DType dtype) {
+    const int HS = 2;
+    const std::vector<int64_t> bounds = {0, 70, 70, 100}, counts = {33, 7, 30};
+    Inputs in(1, 100, HS, K, V, dtype, bounds);
+    Matrix k(in.k, dtype, 100, HS, K), v(in.v, dtype, 100, HS, V);
+    const Array<float> g = floats(in.g), beta = floats(in.beta), h_kk = floats(in.h_kk), h_kv = floats(in.h_kv);
+    const Array<int64_t> offsets(bounds), state_at(counts);
+    Array<float> kk(h_kk.count), kv(h_kv.count);
+    check(launch_state_at({{100, 3, offsets.data, K, V, false, kSegmentChunks}, k.rows, v.rows,
+                           {g.data, beta.data, HS, 1}, h_kk.data, h_kv.data, state_at.data, kk.data, kv.data, HS, 1},
+                          nullptr), "state_at");
+    check(cudaDeviceSynchronize(), "state_at");
+    // The reference ends its sequences where they are cut: what is behind that is made to change nothing.
+    for (int n = 0; n < 3; ++n)
+        for (int64_t t = std::min(bounds[n] + counts[n], bounds[n + 1]); t < bounds[n + 1]; ++t)
+            for (int h = 0; h < HS; ++h) in.g[t * HS + h] = in.beta[t * HS + h] = 0;
+    const Results expected = reference(in);
+    return report(std::string("state_at ") + name(dtype) + " packed",
+                  {{"h_kk", kk.doubles(), expected.h_kk}, {"h_kv", kv.doubles(), expected.h_kv}}, 1e-5);
 }
 
 bool has_hopper() {
@@ -618,6 +743,13 @@ bool test() {
         ok &= test_decode(127, 128, dtype);
         ok &= test_decode(1, 1, dtype);
         ok &= test_decode(2, 4, dtype);
+        ok &= test_piece(3, 128, 128, dtype);
+        ok &= test_piece(4, 64, 96, dtype, 1, false);
+        ok &= test_piece(3, 37, 70, dtype, 2);
+        ok &= test_piece(2, 128, 50, dtype, 6);
+        ok &= test_piece(16, 16, 16, dtype, 5);
+        ok &= test_piece(1, 100, 36, dtype, 1, false);
+        ok &= test_state_at(50, 40, dtype);
     }
     std::printf(ok ? "all right\n" : "SOMETHING IS WRONG\n");
     return ok;

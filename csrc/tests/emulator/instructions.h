@@ -46,7 +46,8 @@ void cp_async_wait() { emulator::wait_for_cp_async(N); }
 inline float4 load_in_place(const float4* p) { return *p; }
 template <int N>
 void store_streaming(float* to, const float (&v)[N]) { std::copy(v, v + N, to); }
-inline float* opaque_global(float* p) { return p; }
+template <typename T>
+T* opaque_global(T* p) { return p; }
 template <typename T>
 T* opaque_shared(T* p) { return p; }
 inline void prefetch_l2(const void*) {}
