@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     constexpr bool kFindsHard = kind == Solve::forward && KeyTerms == 2;
     if (kind == Solve::correction && a.hard_rows[blockIdx.x] == 0) return;
 
-    // Loads: everything is asked for at once, the tokens first; the state comes while they are worked on. The right-hand
-    // side waits in x's place, the keys' row scales (they go into beta, the weight of score (i, j)) in that of the
+    // Loads: everything is asked for at once, the tokens first; the state comes while they are worked on. The right-
+    // hand side waits in x's place, the keys' row scales (they go into beta, the weight of score (i, j)) in that of the
     // weights.
     const int value_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = value_tiles + KTiles;
     const int64_t place = state_tile(a.states, slot, head, column_tiles, value_tiles);
