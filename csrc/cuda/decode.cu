@@ -31,12 +31,12 @@ struct alignas(16) Shared {
     float k[KP], v[kMaxWidth];
     float q[2][KP];     // of one query and the next
     float inverse[KP];  // of lamb
-    float decay, beta;
     float z[KP];
     // Of these, warps read only the elements of their own rows: no barrier needed.
     float direction[KP];
     float x[kQueries][KP];
     float pAp[kWarps], rz[kWarps];  // shares of the dot products
+    float decay, beta;              // behind the arrays, which are read four numbers at a time
 };
 
 __device__ __forceinline__ float warp_sum(float v) {

@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     store_gates(sm.gates, gates);
     if (threadIdx.x < kChunk) {
         const int64_t at = (chunk.batch * a.problem.T + chunk.token + threadIdx.x) * a.heads + head;
-        sm.from_start[threadIdx.x] = threadIdx.x < chunk.length ? a.from_start[at] : 0.f;
+        sm.from_start[threadIdx.x] = int(threadIdx.x) < chunk.length ? a.from_start[at] : 0.f;
     } else if (threadIdx.x < kChunk + 32) {
         const int i = threadIdx.x - kChunk, parts = column_tiles * KTiles * 4;
         sm.overlaps[i] = i < parts ? a.overlaps[(slot * a.heads + head) * parts + i] : 0.f;
