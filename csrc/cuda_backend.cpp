@@ -337,7 +337,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
 
 // Sums neighbouring heads of t [.., heads, ..] (dimension `dim`) down to `heads`, in the dtype asked for.
 Tensor sum_groups(const Tensor& t, int64_t dim, int64_t heads, at::ScalarType dtype) {
-    if (t.numel() == 0 || t.size(dim) == heads) return t.to(dtype);
+    const bool is_wanted = t.dim() > 1;
+    if (!is_wanted || t.size(dim) == heads) return t.to(dtype);
     return t.unflatten(dim, {heads, t.size(dim) / heads}).sum(dim + 1).to(dtype);
 }
 

@@ -124,7 +124,7 @@ def mesa_attention(
 
     The linear system of each token is solved by conjugate gradients, preconditioned by Lambda and stopped row by row on
     a guaranteed error. Nothing depends on the scale of the inputs or of the gradients, and a token's result depends,
-    bit for bit, on no later token and on no other sequence. (On CUDA, up to 16 tokens of 16-bit inputs without
+    bit for bit, on no later token and on no other sequence. (On CUDA, up to 8 tokens of 16-bit inputs without
     ``cu_seqlens`` and gradients are computed as so many decode steps, and round differently from a longer call.)
 
     Differentiable once in every floating argument, the states included.

@@ -110,9 +110,7 @@ class _ChunkForward(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def chunk_forward(
-    *inputs, final_state: bool, solver_info: bool, state_at: Tensor | None
-) -> tuple[Tensor, ...]:
+def chunk_forward(*inputs, final_state: bool, solver_info: bool, state_at: Tensor | None) -> tuple[Tensor, ...]:
     """``torch.ops.mesa_ext.chunk_forward`` with whatever of it the results and a gradient need."""
     differentiable = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
     inputs = *inputs, differentiable, final_state, solver_info, state_at
