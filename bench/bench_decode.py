@@ -2,12 +2,13 @@
 
     python bench/bench_decode.py --json decode.json --plot decode.png
 
-Every replay takes eight different tokens in turn. The floor is the time to read and write both float32 states once.
+Every replay takes eight different tokens in turn. The floor is the time to read and write both float32 states once, at
+the rate of a large copy on the same device in the same run. "pool" has the states in drawn rows of a pool of twice the
+size, "half idle" a batch of which every other row is skipped (-1).
 """
 
 import torch
 from common import (
-    PEAK_BYTES,
     Timer,
     environment,
     host_us,
@@ -34,8 +35,15 @@ def start_state(B, H, D, device):
     return MesaState(*(h.repeat(copies, 1, 1, 1)[:B].contiguous() for h in state))
 
 
+def copy_rate(device, timer):
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.randn(2**28 if timer.cuda else 2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (1e-3 * timer(lambda: target.copy_(source)))
+
+
 @torch.no_grad()
-def measure(B, H, D, args, timer):
+def measure(B, H, D, rate, args, timer):
     inputs = make_inputs(B, TOKENS, H, D, D, torch.bfloat16 if timer.cuda else torch.float32, args.device)
     lamb = inputs.pop("lamb")
     tokens = [{name: a[:, t].contiguous() for name, a in inputs.items()} for t in range(TOKENS)]
@@ -59,14 +67,18 @@ def measure(B, H, D, args, timer):
     packed = state.packed()
     row["packed ms"] = run(lambda **token: mesa_decode_step(**token, state=packed))
     row["packed GB/s"] = 2 * sum(h.nbytes for h in packed) / row["packed ms"] / 1e6
-    if timer.cuda:
-        row["floor ms"] = 1e3 * traffic / PEAK_BYTES
-        row["bandwidth share"] = row["floor ms"] / row["ms"]
-        if import_fla():
-            from fla.ops.mesa_net import mesa_net_decoding_one_step
+    pool = start_state(2 * B, H, D, args.device)
+    rows = torch.randperm(2 * B, device=args.device)[:B]
+    half = torch.where(torch.arange(B, device=args.device) % 2 == 0, rows, -1)
+    row["pool ms"] = run(lambda **token: mesa_decode_step(**token, state=pool, state_indices=rows))
+    row["half idle ms"] = run(lambda **token: mesa_decode_step(**token, state=pool, state_indices=half))
+    row["floor ms"] = 1e3 * traffic / rate
+    row["share of a copy"] = row["floor ms"] / row["ms"]
+    if timer.cuda and import_fla():
+        from fla.ops.mesa_net import mesa_net_decoding_one_step
 
-            h_kk, h_kv = start_state(B, H, D, args.device)
-            row["fla ms"] = run(lambda **token: mesa_net_decoding_one_step(**token, prev_h_kk=h_kk, prev_h_kv=h_kv))
+        h_kk, h_kv = start_state(B, H, D, args.device)
+        row["fla ms"] = run(lambda **token: mesa_net_decoding_one_step(**token, prev_h_kk=h_kk, prev_h_kv=h_kv))
     return row
 
 
@@ -128,7 +140,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--widths", nargs="+", type=int, default=[128, 64])
+    parser.add_argument("--widths", nargs="+", type=int, default=[128, 64, 96, 32, 16])
     parser.add_argument("--pieces", nargs="*", type=int, default=[1, 2, 4, 8, 16], help="tokens of short pieces")
     parser.add_argument("--piece-batch", type=int, default=32)
     args = parser.parse_args()
@@ -137,17 +149,19 @@ def main():
     )  # a decode loop finds its states where the last step left them
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
     batches = args.batches or BATCHES[args.device]
-    rows = [measure(B, args.heads, D, args, timer) for D in args.widths for B in batches]
+    rate = copy_rate(args.device, timer)
+    print(f"a copy moves {rate / 1e9:.0f} GB/s")
+    rows = [measure(B, args.heads, D, rate, args, timer) for D in args.widths for B in batches]
     print_table("mesa_decode_step, milliseconds a token" + (", CUDA-graph replay" if timer.cuda else ""), rows)
     pieces = [measure_piece(T, args.piece_batch, args.heads, args.widths[0], args, timer) for T in args.pieces]
     if pieces:
         shape = args.piece_batch, args.widths[0]
         known = {(row["batch"], row["width"]): row["ms"] for row in rows}
-        step = known.get(shape) or measure(args.piece_batch, args.heads, args.widths[0], args, timer)["ms"]
+        step = known.get(shape) or measure(shape[0], args.heads, shape[1], rate, args, timer)["ms"]
         for row in pieces:
             row["steps"] = row["ms"] / step
         print_table(f"Short pieces, batch {shape[0]}, width {shape[1]}, in steps of {step:.4g} ms", pieces)
-    extra = {"pieces": pieces}
+    extra = {"copy_bytes_per_second": rate, "pieces": pieces}
     if timer.cuda:
         host = measure_host(args.heads, args.widths[0], args.device)
         print("\nPython side of an eager call: " + ", ".join(f"{name} {us:.1f}" for name, us in host.items()))
