@@ -315,6 +315,29 @@ def test_cuda_graph_of_decode():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["full", "packed"])
+def test_cuda_graph_of_a_padded_batch(packed):
+    """One graph serves any rows of the pool: those in the index tensor at its replay, and none for -1."""
+    inputs = draw("random", "cuda", torch.bfloat16, B=6, T=1, K=64, V=32, context=10)
+    token = [a[:4, 0] for a in inputs.tokens()]
+    pool = inputs.initial_state.packed() if packed else inputs.initial_state
+    rows, out = torch.full((4,), -1, device="cuda"), torch.empty_like(token[2])
+    state = MesaState(*(h.clone() for h in pool))
+    mesa_decode_step(*token, inputs.lamb, state, state_indices=rows, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mesa_decode_step(*token, inputs.lamb, state, state_indices=rows, out=out)
+    for chosen in ([5, -1, 0, -1], [2, 3, 4, 1], [-1, -1, -1, -1]):
+        expected = MesaState(*(h.clone() for h in state))
+        rows.copy_(torch.tensor(chosen))
+        out.fill_(torch.nan)
+        graph.replay()
+        o = mesa_decode_step(*token, inputs.lamb, expected, state_indices=rows)
+        assert torch.equal(out, o) and all(map(torch.equal, state, expected)), chosen
+        assert not out[[i for i, row in enumerate(chosen) if row < 0]].any()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_cuda_graph_of_a_piece(dtype):
     inputs = draw("random", "cuda", dtype, B=4, T=5, K=64, V=32, context=10)
