@@ -60,7 +60,7 @@ def measure_decode(B, H, D, timer):
 
 def main():
     parser = make_parser(__doc__)
-    parser.set_defaults(repeats=5)
+    parser.set_defaults(repeats=15)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
