@@ -1,4 +1,4 @@
-"""Forward, backward, decode and short pieces on tiny shapes: the program that compute-sanitizer runs (see gpu_report.py)."""
+"""What compute-sanitizer runs (see gpu_report.py): forward, backward, decode and short pieces on tiny shapes."""
 
 import torch
 from common import kernel_paths, using_kernels

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mesa_ext import MesaState
-from mesa_ext.reference import mesa_condition, mesa_reference
+from mesa_ext.reference import mesa_condition, mesa_reference, mesa_states
 
 
 class Bars(NamedTuple):
@@ -94,14 +94,29 @@ class Inputs:
             for n, (a, b) in enumerate(zip(bounds, bounds[1:]))
         ]
 
-    def condition(self, quantile: float = 0.5) -> float:
-        """Condition number over tokens and heads: the median, or another quantile."""
+    def condition(self) -> float:
+        """Median condition number over tokens and heads."""
         runs = [self] if self.cu_seqlens is None else self.sequences()
         kappa = [
             mesa_condition(r.k, r.g, r.beta, r.lamb, initial_state=r.initial_state, stride=8).flatten() for r in runs
         ]
         kappa = torch.cat(kappa)
-        return kappa.quantile(quantile, interpolation="lower").item() if kappa.numel() else 1.0
+        return kappa.median().item() if kappa.numel() else 1.0
+
+    def cancellation(self) -> float:
+        """Largest eigenvalue of (H_t + Lambda) / Lambda over tokens and heads.
+
+        A token alone with its state has do.v - w.k = do.v / (1 + beta k' Lambda^-1 k): so far the difference cancels.
+        """
+        runs = [self] if self.cu_seqlens is None else self.sequences()
+        largest = 1.0
+        for r in runs:
+            h_kk, _ = mesa_states(r.k, r.v, r.g, r.beta, initial_state=r.initial_state)
+            root = r.lamb.double().rsqrt()
+            scaled = root.unsqueeze(-1) * h_kk * root.unsqueeze(-2)
+            if scaled.numel():
+                largest = max(largest, 1 + torch.linalg.eigvalsh(scaled).max().item())
+        return largest
 
 
 def draw(
@@ -232,21 +247,25 @@ def bar_for(inputs: Inputs, kappa: float | None = None) -> Callable[[str], float
     return lambda name: gradient if name.startswith("d") else bars.o
 
 
-FEW = 64  # numbers in a tensor
+FEW = 16  # numbers in a tensor
 
 
 def bar_for_few(inputs: Inputs, expected: dict[str, Tensor]) -> Callable[[str], float]:
-    """The bars for tensors of any size.
+    """The bars where tensors may be of any size: as bar_for, but for the gradients of a few tokens' gates.
 
-    With 16-bit inputs the CUDA kernels round the weights by which the tokens of a chunk meet to 11 bits, and a gradient
-    such as x (do.v - w.k) can cancel by the condition number. Where it is one of few numbers nothing averages that out:
-    one token of width 1 with beta .51 and lamb .0106 (condition 49) has put dbeta off by 1.1e-2.
+    With 16-bit inputs the CUDA solver rounds the weights by which the tokens of a chunk meet to 11 bits, and the
+    gradient of a gate, x (do.v - w.k), may cancel. Over many tokens that averages out; a single one with beta .51 and
+    lamb .0106, which cancels by 49, has put dbeta off by 1.1e-2. So there the bar is that rounding times the
+    cancellation, where this is no more than MILD.
     """
     bar = bar_for(inputs)
-    if inputs.q.device.type == "cpu" or inputs.q.dtype.itemsize > 2:
+    few = {name for name in ("dg", "dbeta") if name in expected and expected[name].numel() < FEW}
+    if inputs.q.device.type == "cpu" or inputs.q.dtype.itemsize > 2 or not few:
         return bar
-    rounding = inputs.condition(quantile=1.0) * 2**-11
-    return lambda name: max(bar(name), rounding) if expected[name].numel() < FEW else bar(name)
+    cancellation = inputs.cancellation()
+    if cancellation > MILD:
+        return bar
+    return lambda name: max(bar(name), cancellation * 2**-11) if name in few else bar(name)
 
 
 def assert_accurate(inputs: Inputs, actual: dict[str, Tensor], gradients: tuple[Tensor, ...] = ()) -> None:

@@ -18,13 +18,9 @@ from tests.regimes import (
     output_gradients,
     solver_steps,
 )
-from tests.test_decode import assert_accurate
+from tests.test_decode import assert_accurate, copy
 
 WIDTHS = [1, 2, 15, 16, 17, 33, 64, 100, 128]
-
-
-def copy(state):
-    return MesaState(*(h.clone() for h in state))
 
 
 def symmetric(inputs):
