@@ -33,6 +33,10 @@ MESA_HOST_DEVICE T cg_divide(T a, T b) {
 #endif
 }
 
+// Where float32 is not enough (see refine.cu and cpu/solve.h): the condition number from which on a system is solved a
+// second time for a correction of x, and the tolerance for that, which is small beside x.
+constexpr float kHardCondition = 256.f, kCorrectionTolerance = 1e-2f;
+
 template <typename T>
 struct CgRow {
     T rz;       // r.z, an upper bound of the squared error of x in the Lambda norm, since A >= Lambda

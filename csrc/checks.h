@@ -204,13 +204,6 @@ inline void check_state_at(const ProblemSize& p, const at::Tensor& q, const std:
     }
 }
 
-// Shape of the states that a chunked call returns, [N, HS, K, width] or, with state_at [N,M], [N, M, HS, K, width].
-inline std::vector<int64_t> state_shape(const ProblemSize& p, const std::optional<at::Tensor>& state_at,
-                                        int64_t width) {
-    if (state_at && state_at->dim() == 2) return {p.N, state_at->size(1), p.HS, p.K, width};
-    return {p.N, p.HS, p.K, width};
-}
-
 // What chunk_backward takes on top: do [B,T,HO,V] in q's dtype, x [B,T,HO,K] and dh_*_final [N,HS,K,..] (each optional)
 // in the compute dtype.
 inline void check_backward_inputs(const ProblemSize& p, const at::Tensor& q, const at::Tensor& grad_o,
@@ -281,12 +274,6 @@ inline ProblemSize check_decode_inputs(const at::Tensor& q, const at::Tensor& k,
                       "out must have rows of contiguous elements that do not overlap, got strides ", out.strides());
     detail::check_solver(max_cg_iterations, cg_tol);
     return p;
-}
-
-// Tells autograd, which is below no operator that writes in place, that these tensors are not what they were.
-inline void mark_written(std::initializer_list<at::Tensor> tensors) {
-    for (const at::Tensor& t : tensors)
-        if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace mesa

@@ -12,22 +12,13 @@
 #include "cpu/forward.h"
 #include "cpu/gradient.h"
 #include "cpu/state_at.h"
+#include "results.h"
 
 namespace mesa::cpu {
 namespace {
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// A result that is not wanted has no elements.
-Tensor if_wanted(bool wanted, at::IntArrayRef shape, const at::TensorOptions& options) {
-    return wanted ? at::empty(shape, options) : at::empty({0}, options);
-}
-
-template <typename T>
-T* place_or_null(const Tensor& t) {
-    return t.numel() ? t.data_ptr<T>() : nullptr;
-}
 
 template <typename T>
 ForwardResult forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q_in, Stop stop, bool final_state) {
@@ -38,7 +29,7 @@ ForwardResult forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q
     const Tensor bound = at::empty({p.B, p.T, p.HO}, options);
     const Tensor h_kk = if_wanted(final_state, {p.N, p.HS, p.K, p.K}, options),
                  h_kv = if_wanted(final_state, {p.N, p.HS, p.K, p.V}, options);
-    const Scan<T> scan = in.scan(p, place_or_null<T>(h_kk), place_or_null<T>(h_kv));
+    const Scan<T> scan = in.scan(p, data_or_null<T>(h_kk), data_or_null<T>(h_kv));
     const States<T> states(p, in.segments.list.size(), options);  // of the segments, on their way through the chunks
     scan.run([&](int64_t segment, int64_t head) { return states.at(segment, head); }, [&] {
         return SolveAndReadOut<T>{p, in, states, Heads<T>(q), Heads<T>(o), Heads<T>(x), steps.data_ptr<int>(),
@@ -87,8 +78,8 @@ BackwardResult backward(const ProblemSize& p, const Inputs<T>& in, const Tensor&
     const Tensor dh_kk = if_wanted(in.h_kk.has_value(), {p.N, p.HS, p.K, p.K}, options),
                  dh_kv = if_wanted(in.h_kv.has_value(), {p.N, p.HS, p.K, p.V}, options);
     const Scan<T> scan{p, in.layout, in.segments, in.g, in.beta, x_heads,
-                       {{do_heads, T(1), data_or_null<T>(dh_kv_final), place_or_null<T>(dh_kv), false},
-                        {w_heads, T(-1), data_or_null<T>(dh_kk_final), place_or_null<T>(dh_kk), true}},
+                       {{do_heads, T(1), data_or_null<T>(dh_kv_final), data_or_null<T>(dh_kv), false},
+                        {w_heads, T(-1), data_or_null<T>(dh_kk_final), data_or_null<T>(dh_kk), true}},
                        true};
     const Tensor dk = at::empty({p.B, p.T, p.HS, p.K}, options), dv = at::empty({p.B, p.T, p.HS, p.V}, options);
     const Tensor dg = at::empty({p.B, p.T, p.HS}, options), dbeta = at::empty({p.B, p.T, p.HS}, options);

@@ -12,8 +12,8 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "mesa.h"
+#include "results.h"
 
 namespace mesa {
 namespace {
@@ -63,28 +63,16 @@ Rows rows_of(const Tensor& t, int64_t heads, int64_t width) {
             static_cast<int>(heads / t.size(2))};
 }
 
-// Allocations are much of what a small call costs: results that are not wanted have no elements.
-Tensor if_wanted(bool wanted, at::IntArrayRef shape, const at::TensorOptions& options) {
-    return wanted ? at::empty(shape, options) : at::empty({0}, options);
-}
-
-const float* floats(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
-
-template <typename T>
-T* data_or_null(const Tensor& t) {
-    return t.numel() ? t.data_ptr<T>() : nullptr;
-}
-
 OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
 
 void check_device_fits(const ProblemSize& p) {
-    constexpr size_t kNeeded = 132 << 10;  // of the largest kernel
     const auto& device = *at::cuda::getCurrentDeviceProperties();
     TORCH_CHECK(device.major >= 8, "mesa_ext needs compute capability 8.0 or newer, got ", device.name, " with ",
                 device.major, ".", device.minor);
-    TORCH_CHECK((p.K <= kChunk && p.V <= kChunk) || device.sharedMemPerBlockOptin >= kNeeded,
-                "key and value widths above ", kChunk, " need ", kNeeded >> 10, " KB of shared memory per block, ",
-                device.name, " has ", device.sharedMemPerBlockOptin >> 10, " KB; got widths ", p.K, " and ", p.V);
+    TORCH_CHECK((p.K <= kChunk && p.V <= kChunk) || device.sharedMemPerBlockOptin >= kMostSharedBytes,
+                "key and value widths above ", kChunk, " need ", kMostSharedBytes >> 10,
+                " KB of shared memory per block, ", device.name, " has ", device.sharedMemPerBlockOptin >> 10,
+                " KB; got widths ", p.K, " and ", p.V);
 }
 
 // Whether to use the kernels for compute capability 9.0: where the device and this binary have them, unless
@@ -179,8 +167,8 @@ void forward_states(const Call& c, const States& states, float* end_kk, float* e
                                         c.k_rows(heads),
                                         {c.v_rows(heads), c.k_rows(heads)},
                                         c.gates(heads),
-                                        floats(c.h_kv),
-                                        floats(c.h_kk),
+                                        data_or_null<float>(c.h_kv),
+                                        data_or_null<float>(c.h_kk),
                                         end_kv,
                                         end_kk,
                                         states.view(heads),
@@ -226,8 +214,8 @@ void refine(const Call& c, const States& states, const Tensor& q, const Tensor& 
                           c.v_rows(heads),
                           c.gates(heads),
                           static_cast<const LambPair*>(c.lamb_pairs.const_data_ptr()),
-                          floats(c.h_kv),
-                          floats(c.h_kk),
+                          data_or_null<float>(c.h_kv),
+                          data_or_null<float>(c.h_kk),
                           hard_rows,
                           rows_of(x, heads, c.size.K),
                           rows_of(correction, heads, c.size.K),
@@ -281,7 +269,8 @@ void make_states_at(const ProblemSize& p, const Tensor& k_, const Tensor& v_, co
         {{p.T, static_cast<int>(p.N), cu_seqlens ? cu_seqlens->const_data_ptr<int64_t>() : nullptr,
           static_cast<int>(p.K), static_cast<int>(p.V), false, kSegmentChunks},
          token_rows(k, heads, p.K), token_rows(v, heads, p.V),
-         {g.const_data_ptr<float>(), beta.const_data_ptr<float>(), heads, 1}, floats(h_kk), floats(h_kv),
+         {g.const_data_ptr<float>(), beta.const_data_ptr<float>(), heads, 1},
+         data_or_null<float>(h_kk), data_or_null<float>(h_kv),
          state_at.const_data_ptr<int64_t>(), kk.data_ptr<float>(), kv.data_ptr<float>(), heads,
          state_at.dim() == 2 ? static_cast<int>(state_at.size(1)) : 1},
         at::cuda::getCurrentCUDAStream()));
@@ -309,8 +298,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
     // Which way a call goes may not depend on the batch; float32 may want refining, and packed lengths are not known.
     if (p.dtype != at::kFloat && !cu_seqlens && p.T >= 1 && p.T <= kPieceTokens && !solution) {
         const Tensor o = at::empty({p.B, p.T, p.HO, p.V}, q_.options());
-        decode(p, q_, k, v, g, beta, lamb, floats(h_kk), floats(h_kv), last_kk, last_kv, false, std::nullopt,
-               data_or_null<int>(steps), data_or_null<float>(bound), max_cg_iterations, cg_tol, o);
+        decode(p, q_, k, v, g, beta, lamb, data_or_null<float>(h_kk), data_or_null<float>(h_kv), last_kk, last_kv,
+               false, std::nullopt, data_or_null<int>(steps), data_or_null<float>(bound), max_cg_iterations, cg_tol, o);
         return {o, at::empty({0}, f32), end_kk, end_kv, steps, bound};
     }
 
@@ -383,8 +372,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
                                         x_rows,
                                         {do_rows, w_rows},
                                         c.gates(heads),
-                                        floats(start_kv),
-                                        floats(start_kk),
+                                        data_or_null<float>(start_kv),
+                                        data_or_null<float>(start_kk),
                                         data_or_null<float>(end_kv),
                                         data_or_null<float>(end_kk),
                                         adjoints.view(heads),

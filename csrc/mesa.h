@@ -18,6 +18,7 @@ namespace mesa {
 constexpr int kChunk = 64;               // tokens of a chunk, and width and height of a panel
 constexpr int kPanel = kChunk * kChunk;  // elements of a panel
 constexpr int kMaxWidth = 128;           // of K and V
+constexpr size_t kMostSharedBytes = 161 << 10;  // that a kernel takes: float32's backward solve at width 128
 
 enum class DType : int { f16, bf16, f32 };
 
@@ -153,8 +154,6 @@ cudaError_t launch_solve(const SolveArgs&, cudaStream_t);
 //     a solve for these makes of that a correction of x,
 //     launch_refined adds it to x and reads out again.
 // Where no row has shown it, each of the last three does nothing.
-constexpr float kCorrectionTolerance = 1e-2f;  // of the second solve: the correction is small beside x
-
 struct RefineArgs {
     Problem problem;
     Rows rhs, keys, values;  // float32, like all rows here

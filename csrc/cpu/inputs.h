@@ -1,6 +1,7 @@
 // The inputs of a chunked call, as its passes read them.
 #pragma once
 
+#include "../results.h"
 #include "solve.h"
 #include "states.h"
 
@@ -15,11 +16,6 @@ Tensor prepare(const Tensor& t) {
 template <typename T>
 optional<Tensor> prepare(const optional<Tensor>& t) {
     return t ? optional<Tensor>(prepare<T>(*t)) : std::nullopt;
-}
-
-template <typename T>
-const T* data_or_null(const optional<Tensor>& t) {
-    return t ? t->const_data_ptr<T>() : nullptr;
 }
 
 template <typename T>

@@ -196,9 +196,6 @@ struct Solver {
 // it shows in the row's own steps, so that it depends on no other; well-conditioned rows pay nothing.
 template <typename T>
 struct HardRows {
-    static constexpr double kHard = 256;        // condition number, by the solver's estimate
-    static constexpr double kCorrection = 1e-2;  // tolerance for the correction, which is small beside the solution
-
     // A chunk, the states before it and what its rows need: right-hand sides b, solutions x, and in y either o or do.
     struct Wide {
         Block<double> block;
@@ -219,7 +216,7 @@ struct HardRows {
         rows.clear();
         if constexpr (std::is_same_v<T, float>)
             for (int i = 0; i < count; ++i)
-                if (solver.curvature[i] > kHard && solver.rows[i].bound_squared() <= stop.tol * stop.tol)
+                if (solver.curvature[i] > kHardCondition && solver.rows[i].bound_squared() <= stop.tol * stop.tol)
                     rows.push_back(i);
         return !rows.empty();
     }
@@ -245,7 +242,7 @@ struct HardRows {
         for (const int i : rows)
             for (int64_t j = 0; j < K; ++j)
                 solver.b.row(i)[j] = static_cast<T>(w.b.row(i)[j] - w.ax.row(i)[j] - lamb[j] * w.x.row(i)[j]);
-        solver.run(systems, lamb, inverse_lamb, count, {stop.max_iterations, kCorrection});
+        solver.run(systems, lamb, inverse_lamb, count, {stop.max_iterations, kCorrectionTolerance});
         for (const int i : rows)
             for (int64_t j = 0; j < K; ++j) w.x.row(i)[j] += solver.x.row(i)[j];
         convert<double, T>(w.x, count, K, solver.x);

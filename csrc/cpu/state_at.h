@@ -33,9 +33,8 @@ void make_states_at(const ProblemSize& p, const Inputs<T>& in, const Tensor& sta
                 gates.load(in.g, in.beta, chunk, head);
                 in.v.load(chunk.token, chunk.count, head, values);
                 in.k.load(chunk.token, chunk.count, in.k.of_state(p, head), values.columns_from(k_column));
-                for (int t = 0; t < chunk.count; ++t)
-                    kernels<T>().scale(p.K, gates.out[t] * gates.beta[t], values.row(t) + k_column, weighted.row(t));
-                advance_state<T>(weighted, values, chunk.count, gates.total, state, state, width, rows);
+                add_tokens<T>(gates, 0, chunk.count, values.columns_from(k_column), values, state, state, width,
+                              weighted, rows);
             }
             for (int64_t i = 0; i < p.K; ++i) {
                 std::copy_n(state.row(i), p.V, row_of(kv, number, i, p.V));

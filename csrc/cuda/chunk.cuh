@@ -392,7 +392,7 @@ template <typename Args>
 cudaError_t launch(void (*kernel)(Args), const Args& args, int64_t blocks, size_t shared_bytes, cudaStream_t stream,
                    int threads = kThreads) {
     if (blocks == 0) return cudaSuccess;
-    if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+    if (blocks > INT_MAX || shared_bytes > kMostSharedBytes) return cudaErrorInvalidConfiguration;
     if (shared_bytes > 48 * 1024) {
         const cudaError_t status =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));

@@ -57,45 +57,61 @@ __device__ __forceinline__ void make_dx(Acc (&dx)[KTiles], float (&x_from_start)
     products_begin<isa>(dx[0], dx[KTiles - 1]);
     mma_AB<isa, Terms, false>(dx, weights, m.keys, kTerms, lane);
     products_end<isa>(dx[0], dx[KTiles - 1]);
-    // G's tiles along V have scales of their own; where there is one only, the second part is zero.
-    float scale[2][2];
+    // G's tiles along V have scales of their own. With wgmma they are worked on together (where there is one only, the
+    // second part is zero), with mma.sync one after the other and the scores' scale brought in first, or some of a
+    // thread's numbers would go to the stack.
+    constexpr int kTogether = isa == Isa::hopper ? 2 : 1;
+    const int rounds = isa == Isa::hopper ? 1 : m.value_tiles;
+    const float state_scale[2] = {state_scales[0], state_scales[m.value_tiles - 1]};
+    float start[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float start = gates.decay_from_start(i[half]) * do_scale[half];
-        scale[half][0] = start * state_scales[0], scale[half][1] = start * state_scales[m.value_tiles - 1];
+        start[half] = gates.decay_from_start(i[half]) * do_scale[half];
         x_from_start[half] = 0.f;
+    }
+    if constexpr (isa == Isa::portable) {
+#pragma unroll
+        for (int kt = 0; kt < KTiles; ++kt) scale_rows(dx[kt], score_scale[0], score_scale[1]);
+        score_scale[0] = score_scale[1] = 1.f;
     }
     ptx::cp_async_wait<0>();
     publish_shared<isa>();
     __syncthreads();
 #pragma unroll
-    for (int kt = 0; kt < KTiles; ++kt) {
-        const __half* const state = m.state + kt * 2 * kPanel;
-        Acc part[2];
-        zero(part[1]);
-        products_begin<isa>(part[0], part[1]);
-        mma_panels<isa, false, true, Terms, 2, false>(part[0], m.d_o, first_row, state, lane);
-        if (m.value_tiles == 2)
-            mma_panels<isa, false, true, Terms, 2>(part[1], m.d_o + kTerms, first_row, state + KTiles * 2 * kPanel,
-                                                   lane);
-        products_end<isa>(part[0], part[1]);
+    for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll 1
+        for (int first = 0; first < rounds; ++first) {
+            const __half* const state = m.state + (first * KTiles + kt) * 2 * kPanel;
+            Acc part[kTogether];
+            zero(part[kTogether - 1]);
+            products_begin<isa>(part[0], part[kTogether - 1]);
+            mma_panels<isa, false, true, Terms, 2, false>(part[0], m.d_o + first * kTerms, first_row, state, lane);
+            if (kTogether == 2 && m.value_tiles == 2)
+                mma_panels<isa, false, true, Terms, 2>(part[kTogether - 1], m.d_o + kTerms, first_row,
+                                                       state + KTiles * 2 * kPanel, lane);
+            products_end<isa>(part[0], part[kTogether - 1]);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const StripRow row(x, chunk, head, i[half], kt * kChunk, ptx::opaque(lane));
+            for (int half = 0; half < 2; ++half) {
+                const StripRow row(x, chunk, head, i[half], kt * kChunk, ptx::opaque(lane));
+                float scale[kTogether];
 #pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                const float2 x_pair = row.pair(n);
+                for (int u = 0; u < kTogether; ++u)
+                    scale[u] = start[half] * (first + u == 0 ? state_scale[0] : state_scale[1]);
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const float sum = fmaf(scale[half][0], part[0].c[n][half * 2 + e],
-                                           scale[half][1] * part[1].c[n][half * 2 + e]);
-                    x_from_start[half] = fmaf(e ? x_pair.y : x_pair.x, sum, x_from_start[half]);
-                    float& out = dx[kt].c[n][half * 2 + e];
-                    out = fmaf(out, score_scale[half], sum);
+                for (int n = 0; n < 8; ++n) {
+                    const float2 x_pair = row.pair(n);
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        float sum = scale[0] * part[0].c[n][half * 2 + e];
+#pragma unroll
+                        for (int u = 1; u < kTogether; ++u) sum = fmaf(scale[u], part[u].c[n][half * 2 + e], sum);
+                        x_from_start[half] = fmaf(e ? x_pair.y : x_pair.x, sum, x_from_start[half]);
+                        float& out = dx[kt].c[n][half * 2 + e];
+                        out = fmaf(out, score_scale[half], sum);
+                    }
                 }
             }
         }
-    }
     x_from_start[0] = quad_sum(x_from_start[0]), x_from_start[1] = quad_sum(x_from_start[1]);
 }
 

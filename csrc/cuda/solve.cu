@@ -81,14 +81,13 @@ __device__ __forceinline__ RowScales scales_of_row(RowScales own, int half, int 
 
 // The inverses of a row's step lengths lie among the eigenvalues of (H + Lambda) / Lambda: they show a bad condition.
 struct StepRange {
-    static constexpr float kHard = 256.f;  // condition number from which on float32 is not enough for o = G'x
     float shortest = INFINITY, longest = 0.f;
 
     __device__ __forceinline__ void add(float step) {  // 0: none
         longest = fmaxf(longest, step);
         if (step > 0.f) shortest = fminf(shortest, step);
     }
-    __device__ __forceinline__ bool hard() const { return longest > kHard * shortest; }
+    __device__ __forceinline__ bool hard() const { return longest > kHardCondition * shortest; }
 };
 
 // `count` column tiles of a state, of so many panels each, from the given one on.
