@@ -6,7 +6,7 @@
 // (adjoint.h), then, with the adjoint and from the end, the rest (gradient.h).
 #include <torch/library.h>
 
-#include <tuple>
+#include <vector>
 
 #include "cpu/adjoint.h"
 #include "cpu/forward.h"
@@ -17,25 +17,29 @@
 namespace mesa::cpu {
 namespace {
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Results = std::vector<Tensor>;
 
 template <typename T>
-ForwardResult forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q_in, Stop stop, bool final_state) {
+Results forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q_in, Stop stop, bool solution,
+                bool final_state, bool solver_info, const optional<Tensor>& state_at) {
     const Tensor q = prepare<T>(q_in);
     const auto options = q.options();
     const Tensor o = at::empty({p.B, p.T, p.HO, p.V}, options), x = at::empty({p.B, p.T, p.HO, p.K}, options);
     const Tensor steps = at::empty({p.B, p.T, p.HO}, options.dtype(at::kInt));
     const Tensor bound = at::empty({p.B, p.T, p.HO}, options);
-    const Tensor h_kk = if_wanted(final_state, {p.N, p.HS, p.K, p.K}, options),
-                 h_kv = if_wanted(final_state, {p.N, p.HS, p.K, p.V}, options);
-    const Scan<T> scan = in.scan(p, data_or_null<T>(h_kk), data_or_null<T>(h_kv));
+    const Tensor h_kk = if_wanted(final_state, state_shape(p, state_at, p.K), options),
+                 h_kv = if_wanted(final_state, state_shape(p, state_at, p.V), options);
+    T *const kk = data_or_null<T>(h_kk), *const kv = data_or_null<T>(h_kv);
+    if (state_at && final_state) make_states_at<T>(p, in, *state_at, kk, kv);
+    const Scan<T> scan = in.scan(p, state_at ? nullptr : kk, state_at ? nullptr : kv);
     const States<T> states(p, in.segments.list.size(), options);  // of the segments, on their way through the chunks
     scan.run([&](int64_t segment, int64_t head) { return states.at(segment, head); }, [&] {
         return SolveAndReadOut<T>{p, in, states, Heads<T>(q), Heads<T>(o), Heads<T>(x), steps.data_ptr<int>(),
                                   bound.data_ptr<T>(), stop};
     });
-    return {o.to(p.dtype), x, h_kk, h_kv, steps, bound};
+    const auto if_asked = [](bool asked, const Tensor& made) { return asked ? made : Tensor(); };
+    return wanted({o.to(p.dtype), if_asked(solution, x), h_kk, h_kv, if_asked(solver_info, steps),
+                   if_asked(solver_info, bound)});
 }
 
 // Sum over the heads that share one, [B, T, H, width] -> [B, T, heads, width].
@@ -55,8 +59,8 @@ Tensor sum_in_order(const Tensor& t) {
 }
 
 template <typename T>
-BackwardResult backward(const ProblemSize& p, const Inputs<T>& in, const Tensor& grad_o_in, const Tensor& x_in,
-                        const optional<Tensor>& dh_kk_in, const optional<Tensor>& dh_kv_in, Stop stop) {
+Results backward(const ProblemSize& p, const Inputs<T>& in, const Tensor& grad_o_in, const Tensor& x_in,
+                 const optional<Tensor>& dh_kk_in, const optional<Tensor>& dh_kv_in, Stop stop) {
     const Tensor grad_o = prepare<T>(grad_o_in), x = prepare<T>(x_in);
     const auto dh_kk_final = prepare<T>(dh_kk_in), dh_kv_final = prepare<T>(dh_kv_in);
     const auto options = x.options();
@@ -90,8 +94,8 @@ BackwardResult backward(const ProblemSize& p, const Inputs<T>& in, const Tensor&
                                     Heads<T>(dbeta.unsqueeze(-2))};
     });
     const Tensor dlamb = -sum_in_order<T>(xw).view({p.HS, p.outputs_per_state(), p.K}).sum(1);
-    return {sum_groups(w, p.HQ).to(p.dtype), sum_groups(dk, p.HK).to(p.dtype), dv.to(p.dtype), dg, dbeta, dlamb,
-            dh_kk, dh_kv};
+    return wanted({sum_groups(w, p.HQ).to(p.dtype), sum_groups(dk, p.HK).to(p.dtype), dv.to(p.dtype), dg, dbeta, dlamb,
+                   dh_kk, dh_kv});
 }
 
 // One token for every sequence: the states are read, updated, written and kept at hand for the solve.
@@ -155,36 +159,24 @@ auto with_compute_type(const ProblemSize& p, const F& f) {
     return p.compute == at::kDouble ? f(double()) : f(float());
 }
 
-ForwardResult chunk_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                            const Tensor& lamb, const optional<Tensor>& h_kk, const optional<Tensor>& h_kv,
-                            const optional<Tensor>& cu_seqlens, int64_t max_cg_iterations, double cg_tol,
-                            bool solution, bool final_state, bool solver_info, const optional<Tensor>& state_at) {
+Results chunk_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                      const Tensor& lamb, const optional<Tensor>& h_kk, const optional<Tensor>& h_kv,
+                      const optional<Tensor>& cu_seqlens, int64_t max_cg_iterations, double cg_tol, bool solution,
+                      bool final_state, bool solver_info, const optional<Tensor>& state_at) {
     const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
     check_state_at(p, q, cu_seqlens, state_at);
-    ForwardResult result = with_compute_type(p, [&](auto zero) {
+    return with_compute_type(p, [&](auto zero) {
         using T = decltype(zero);
         const Inputs<T> in(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
-        ForwardResult result =
-            forward<T>(p, in, q, {static_cast<int>(max_cg_iterations), cg_tol}, final_state && !state_at);
-        if (state_at && final_state) {
-            Tensor &kk = std::get<2>(result), &kv = std::get<3>(result);
-            kk = at::empty(state_shape(p, state_at, p.K), kk.options());
-            kv = at::empty(state_shape(p, state_at, p.V), kv.options());
-            make_states_at<T>(p, in, *state_at, kk.data_ptr<T>(), kv.data_ptr<T>());
-        }
-        return result;
+        return forward<T>(p, in, q, {static_cast<int>(max_cg_iterations), cg_tol}, solution, final_state, solver_info,
+                          state_at);
     });
-    auto& [o, x, h_kk_final, h_kv_final, steps, bound] = result;  // x and the solver's report are made in any case
-    if (!solution) x = at::empty({0}, x.options());
-    if (!solver_info) steps = at::empty({0}, steps.options()), bound = at::empty({0}, bound.options());
-    return result;
 }
 
-BackwardResult chunk_backward(const Tensor& grad_o, const optional<Tensor>& dh_kk_final,
-                              const optional<Tensor>& dh_kv_final, const Tensor& q, const Tensor& k, const Tensor& v,
-                              const Tensor& g, const Tensor& beta, const Tensor& lamb, const optional<Tensor>& h_kk,
-                              const optional<Tensor>& h_kv, const optional<Tensor>& cu_seqlens, const Tensor& x,
-                              int64_t max_cg_iterations, double cg_tol) {
+Results chunk_backward(const Tensor& grad_o, const optional<Tensor>& dh_kk_final, const optional<Tensor>& dh_kv_final,
+                       const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                       const Tensor& lamb, const optional<Tensor>& h_kk, const optional<Tensor>& h_kv,
+                       const optional<Tensor>& cu_seqlens, const Tensor& x, int64_t max_cg_iterations, double cg_tol) {
     const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
     check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x);
     return with_compute_type(p, [&](auto zero) {

@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "mesa.h"
@@ -31,7 +30,8 @@ DType dtype_of(const Tensor& t) {
 
 constexpr int64_t kRowMultiple = 8;  // elements that the kernels load and store at once
 
-int64_t padded_width(int64_t width) { return (width + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
+int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t padded_width(int64_t width) { return rounded_up(width, kRowMultiple); }
 
 bool rows_are_aligned(const Tensor& t) {
     bool aligned =
@@ -90,7 +90,7 @@ bool use_hopper_kernels() {
 struct Call {
     ProblemSize size;
     Problem problem;
-    Tensor k, v, g, beta, lamb, lamb_pairs, cu_seqlens;
+    Tensor k, v, g, beta, lamb, cu_seqlens;
     OptionalTensor h_kk, h_kv;
     cudaStream_t stream;
 
@@ -107,8 +107,6 @@ struct Call {
           h_kv(contiguous(h_kv_)),
           stream(at::cuda::getCurrentCUDAStream()) {
         check_device_fits(p);
-        lamb_pairs = at::empty({p.HS * tiles(static_cast<int>(p.K)) * kChunk / 2, sizeof(LambPair) / sizeof(float)},
-                               lamb.options());
         if (cu_seqlens_) cu_seqlens = cu_seqlens_->contiguous();
         problem = {p.T,
                    static_cast<int>(p.N),
@@ -128,7 +126,8 @@ struct Call {
     at::TensorOptions float_options() const { return g.options(); }
 };
 
-// Memory for the states of every chunk: the panels, then the scales.
+// Memory for the states of every chunk: the panels, then the scales; and behind them what solves need of lamb, which
+// comes with the states.
 struct States {
     int64_t heads, panel_bytes, scale_bytes;
     Tensor memory;
@@ -136,8 +135,17 @@ struct States {
     States(const Call& call, int64_t heads_)
         : heads(heads_),
           panel_bytes(call.problem.slots() * heads * split_state_panels(call.problem) * kPanel * sizeof(__half)),
-          scale_bytes(call.problem.slots() * heads * (tiles(call.problem.V) + tiles(call.problem.K)) * sizeof(float)),
-          memory(at::empty({panel_bytes + scale_bytes}, call.float_options().dtype(at::kByte))) {}
+          scale_bytes(rounded_up(
+              call.problem.slots() * heads * (tiles(call.problem.V) + tiles(call.problem.K)) * sizeof(float),
+              alignof(LambPair))),
+          memory(at::empty({panel_bytes + scale_bytes + lamb_bytes(call)}, call.float_options().dtype(at::kByte))) {}
+
+    static int64_t lamb_bytes(const Call& call) {
+        return call.size.HS * tiles(call.problem.K) * (kChunk / 2) * sizeof(LambPair);
+    }
+    LambPair* lamb() const {
+        return reinterpret_cast<LambPair*>(memory.data_ptr<uint8_t>() + panel_bytes + scale_bytes);
+    }
 
     SplitStates view(int64_t kernel_heads) const {
         uint8_t* const bytes = memory.data_ptr<uint8_t>();
@@ -178,7 +186,7 @@ void forward_states(const Call& c, const States& states, float* end_kk, float* e
                                         segments.sums_data(),
                                         segments.decays_data(),
                                         c.lamb.const_data_ptr<float>(),
-                                        static_cast<LambPair*>(c.lamb_pairs.data_ptr()),
+                                        states.lamb(),
                                         {},
                                         nullptr},
                                        c.stream));
@@ -195,7 +203,7 @@ SolveArgs solve_args(const Call& c, Solve kind, const States& states, const Rows
     args.keys = c.k_rows(heads);
     args.values = c.v_rows(heads);
     args.gates = c.gates(heads);
-    args.lamb = static_cast<const LambPair*>(c.lamb_pairs.const_data_ptr());
+    args.lamb = states.lamb();
     args.states = states.view(heads);
     args.heads = static_cast<int>(heads);
     args.max_iterations = static_cast<int>(max_iterations);
@@ -213,7 +221,7 @@ void refine(const Call& c, const States& states, const Tensor& q, const Tensor& 
                           c.k_rows(heads),
                           c.v_rows(heads),
                           c.gates(heads),
-                          static_cast<const LambPair*>(c.lamb_pairs.const_data_ptr()),
+                          states.lamb(),
                           data_or_null<float>(c.h_kv),
                           data_or_null<float>(c.h_kk),
                           hard_rows,
@@ -276,7 +284,7 @@ void make_states_at(const ProblemSize& p, const Tensor& k_, const Tensor& v_, co
         at::cuda::getCurrentCUDAStream()));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
+std::vector<Tensor> chunk_forward(
     const Tensor& q_, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
     const OptionalTensor& h_kk_, const OptionalTensor& h_kv_, const OptionalTensor& cu_seqlens,
     int64_t max_cg_iterations, double cg_tol, bool solution, bool final_state, bool solver_info,
@@ -300,38 +308,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_forward(
         const Tensor o = at::empty({p.B, p.T, p.HO, p.V}, q_.options());
         decode(p, q_, k, v, g, beta, lamb, data_or_null<float>(h_kk), data_or_null<float>(h_kv), last_kk, last_kv,
                false, std::nullopt, data_or_null<int>(steps), data_or_null<float>(bound), max_cg_iterations, cg_tol, o);
-        return {o, at::empty({0}, f32), end_kk, end_kv, steps, bound};
+        return wanted({o, end_kk, end_kv, steps, bound});
     }
 
     const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
     const Tensor q = with_padded_rows(q_);
     const bool refines = p.dtype == at::kFloat;
     const Tensor o = empty_padded({p.B, p.T, p.HO, p.V}, q.options());
-    const Tensor x = solution || refines ? empty_padded({p.B, p.T, p.HO, p.K}, f32) : at::empty({0}, f32);
+    const Tensor x = solution || refines ? empty_padded({p.B, p.T, p.HO, p.K}, f32) : Tensor();
     const States states(c, p.HS);
     forward_states(c, states, last_kk, last_kv);
     Tensor hard_rows;
     if (refines) hard_rows = at::empty({c.problem.slots(), p.HO}, f32.dtype(at::kLong));
     SolveArgs args = solve_args(c, Solve::forward, states, rows_of(q, p.HO, p.K), max_cg_iterations, cg_tol);
-    if (x.numel()) args.x = rows_of(x, p.HO, p.K);
+    if (x.defined()) args.x = rows_of(x, p.HO, p.K);
     args.out = rows_of(o, p.HO, p.V);
     args.steps = data_or_null<int>(steps);
     args.bound = data_or_null<float>(bound);
     if (refines) args.hard_rows = static_cast<HardRows*>(hard_rows.data_ptr());
     C10_CUDA_CHECK(launch_solve(args, c.stream));
     if (refines) refine(c, states, q, x, o, args.hard_rows, max_cg_iterations);
-    return {without_padding(o, p.V), solution ? without_padding(x, p.K) : at::empty({0}, f32), end_kk, end_kv, steps,
-            bound};
+    return wanted({without_padding(o, p.V), solution ? without_padding(x, p.K) : Tensor(), end_kk, end_kv, steps,
+                   bound});
 }
 
 // Sums neighbouring heads of t [.., heads, ..] (dimension `dim`) down to `heads`, in the dtype asked for.
 Tensor sum_groups(const Tensor& t, int64_t dim, int64_t heads, at::ScalarType dtype) {
-    const bool is_wanted = t.dim() > 1;
-    if (!is_wanted || t.size(dim) == heads) return t.to(dtype);
+    if (!t.defined()) return t;
+    if (t.size(dim) == heads) return t.to(dtype);
     return t.unflatten(dim, {heads, t.size(dim) / heads}).sum(dim + 1).to(dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_backward(
+std::vector<Tensor> chunk_backward(
     const Tensor& grad_o, const OptionalTensor& dh_kk_final, const OptionalTensor& dh_kv_final, const Tensor& q,
     const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
     const OptionalTensor& h_kk, const OptionalTensor& h_kv, const OptionalTensor& cu_seqlens, const Tensor& x_,
@@ -403,11 +411,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
                      dlamb.data_ptr<float>(), heads},
                     c.stream));
 
-    return {sum_groups(without_padding(dq, p.K), 2, p.HQ, p.dtype),
-            sum_groups(without_padding(dk, p.K), 2, p.HK, p.dtype),
-            sum_groups(without_padding(dv, p.V), 2, p.HS, p.dtype),       sum_groups(dg, 2, p.HS, at::kFloat),
-            sum_groups(dbeta, 2, p.HS, at::kFloat), sum_groups(dlamb.sum(0), 0, p.HS, at::kFloat),
-            sum_groups(end_kk, 1, p.HS, at::kFloat), sum_groups(end_kv, 1, p.HS, at::kFloat)};
+    return wanted({sum_groups(without_padding(dq, p.K), 2, p.HQ, p.dtype),
+                   sum_groups(without_padding(dk, p.K), 2, p.HK, p.dtype),
+                   sum_groups(without_padding(dv, p.V), 2, p.HS, p.dtype),
+                   sum_groups(dg, 2, p.HS, at::kFloat),
+                   sum_groups(dbeta, 2, p.HS, at::kFloat),
+                   sum_groups(dlamb.sum(0), 0, p.HS, at::kFloat),
+                   sum_groups(end_kk, 1, p.HS, at::kFloat),
+                   sum_groups(end_kv, 1, p.HS, at::kFloat)});
 }
 
 void decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,

@@ -11,14 +11,21 @@
 
 namespace mesa {
 
-// Allocations are much of what a small call costs: results that are not wanted have no elements.
+// Even empty tensors are much of what a small call costs: results that are not wanted stay undefined, and an operator's
+// list of results goes without them.
 inline at::Tensor if_wanted(bool wanted, at::IntArrayRef shape, const at::TensorOptions& options) {
-    return wanted ? at::empty(shape, options) : at::empty({0}, options);
+    return wanted ? at::empty(shape, options) : at::Tensor();
+}
+inline std::vector<at::Tensor> wanted(std::initializer_list<at::Tensor> results) {
+    std::vector<at::Tensor> list;
+    for (const at::Tensor& t : results)
+        if (t.defined()) list.push_back(t);
+    return list;
 }
 
 template <typename T>
 T* data_or_null(const at::Tensor& t) {
-    return t.numel() ? t.data_ptr<T>() : nullptr;
+    return t.defined() ? t.data_ptr<T>() : nullptr;
 }
 
 template <typename T>

@@ -200,15 +200,14 @@ def mesa_attention(
     if cg_tol is None:
         cg_tol = _CG_TOL.get(q.dtype, 0.0)
     gates = _as_computed(q, g, beta, lamb)
-    o, _, h_kk, h_kv, steps, error_bound = chunk_forward(
+    o, state, info = chunk_forward(
         q, k, v, *gates, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol,
         final_state=output_final_state, solver_info=return_solver_info, state_at=state_at,
     )  # fmt: skip
-    state = None
-    if output_final_state:
-        state = MesaState(h_kk, h_kv)
+    if state is not None:
+        state = MesaState(*state)
         state = state.packed() if packed else state
-    return (o, state, SolverInfo(steps, error_bound)) if return_solver_info else (o, state)
+    return (o, state) if info is None else (o, state, SolverInfo(*info))
 
 
 def mesa_decode_step(

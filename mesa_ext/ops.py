@@ -34,17 +34,14 @@ def _chunk_forward_fake(
     if state_at is not None:
         states += state_at.shape[1:]
 
-    def result(wanted, *shape, dtype=g.dtype):  # one that is not wanted has no elements
-        return g.new_empty(shape if wanted else (0,), dtype=dtype)
-
-    return (
-        result(True, batch, tokens, out_heads, V, dtype=q.dtype),
-        result(solution, batch, tokens, out_heads, K),
-        result(final_state, *states, heads, K, K),
-        result(final_state, *states, heads, K, V),
-        result(solver_info, batch, tokens, out_heads, dtype=torch.int32),
-        result(solver_info, batch, tokens, out_heads),
-    )
+    results = [q.new_empty(batch, tokens, out_heads, V)]
+    if solution:
+        results.append(g.new_empty(batch, tokens, out_heads, K))
+    if final_state:
+        results += [g.new_empty(*states, heads, K, width) for width in (K, V)]
+    if solver_info:
+        results += [g.new_empty(batch, tokens, out_heads, dtype=dtype) for dtype in (torch.int32, g.dtype)]
+    return results
 
 
 @torch.library.register_fake("mesa_ext::chunk_backward")
@@ -52,10 +49,11 @@ def _chunk_backward_fake(
     do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, max_cg_iterations, cg_tol
 ):
     K, (heads, V) = k.shape[3], v.shape[2:]
-    n = len(q) if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    same = [a.new_empty(a.shape) for a in (q, k, v, g, beta, lamb)]
-    dstate = [g.new_empty((n, heads, K, width) if h_kk is not None else (0,)) for width in (K, V)]
-    return (*same, *dstate)
+    results = [a.new_empty(a.shape) for a in (q, k, v, g, beta, lamb)]
+    if h_kk is not None:
+        n = len(q) if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        results += [g.new_empty(n, heads, K, width) for width in (K, V)]
+    return results
 
 
 @torch.library.register_fake("mesa_ext::decode_step")
@@ -67,27 +65,28 @@ decode_step = torch.ops.mesa_ext.decode_step.default  # looking it up takes time
 
 
 def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.max_cg_iterations, ctx.cg_tol, solution, _, _, state_at = inputs
+    *tensors, ctx.max_cg_iterations, ctx.cg_tol, solution, ctx.final_state, solver_info, state_at = inputs
     ctx.has_state_at = state_at is not None
     if not solution:
         raise RuntimeError("mesa_ext::chunk_forward: a call with solution=False cannot be differentiated")
-    _, x, _, _, steps, bound = output
+    x, info = output[1], output[-2:] if solver_info else []
     ctx.save_for_backward(*tensors, x)
-    ctx.mark_non_differentiable(x, steps, bound)
+    ctx.mark_non_differentiable(x, *info)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, _dx, dh_kk_final, dh_kv_final, _dsteps, _dbound):
+def _backward(ctx, grads):
+    do, (dh_kk_final, dh_kv_final) = grads[0], grads[2:4] if ctx.final_state else (None, None)
     if ctx.has_state_at and (dh_kk_final is not None or dh_kv_final is not None):
         raise RuntimeError("mesa_attention: there is no gradient through the states that state_at asks for")
     q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x = ctx.saved_tensors
     if do is None:  # only the final state was used
         do = v.new_zeros(*x.shape[:3], v.shape[3])
-    *grads, dh_kk, dh_kv = torch.ops.mesa_ext.chunk_backward(
+    grads = torch.ops.mesa_ext.chunk_backward(
         do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x,
         ctx.max_cg_iterations, ctx.cg_tol,
     )  # fmt: skip
-    return *grads, dh_kk if h_kk is not None else None, dh_kv if h_kv is not None else None, *[None] * 7
+    return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))  # none for cu_seqlens and the settings
 
 
 torch.library.register_autograd("mesa_ext::chunk_forward", _backward, setup_context=_save_for_backward)
@@ -105,18 +104,28 @@ class _ChunkForward(torch.autograd.Function):
     def forward(ctx, *inputs):
         output = _below_autograd(*inputs)
         _save_for_backward(ctx, inputs, output)
-        return output
+        return tuple(output)
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, *grads):
+        return _backward(ctx, grads)
 
 
-def chunk_forward(*inputs, final_state: bool, solver_info: bool, state_at: Tensor | None) -> tuple[Tensor, ...]:
-    """``torch.ops.mesa_ext.chunk_forward`` with whatever of it the results and a gradient need."""
+def chunk_forward(
+    *inputs, final_state: bool, solver_info: bool, state_at: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """``o``, ``(h_kk, h_kv)`` if ``final_state`` and ``(steps, bound)`` if ``solver_info``, else None.
+
+    Of ``torch.ops.mesa_ext.chunk_forward``, which is asked for what these and a gradient need and no more.
+    """
     differentiable = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
     inputs = *inputs, differentiable, final_state, solver_info, state_at
     if torch.compiler.is_compiling():
-        return torch.ops.mesa_ext.chunk_forward(*inputs)
-    return _ChunkForward.apply(*inputs) if differentiable else _below_autograd(*inputs)
+        results = torch.ops.mesa_ext.chunk_forward(*inputs)
+    else:
+        results = _ChunkForward.apply(*inputs) if differentiable else _below_autograd(*inputs)
+    first = 2 if differentiable else 1  # x lies in between
+    return results[0], results[first : first + 2] if final_state else None, results[-2:] if solver_info else None
 
 
 def _refuse_second_derivative(ctx, *grads: Tensor):
