@@ -2,10 +2,10 @@
 // once, the system is solved with the same rules as in the chunked path (cg.h), and the output is read from the updated
 // G. Each token is computed as in a call of its own, so that a piece gives, bit for bit, what single steps do.
 //
-// One block of 8 warps owns a sequence and state head. All that it reads is asked for at once: H comes to registers, a
-// warp holding KP / 8 rows, a lane the same KP / 32 columns of each; G comes to shared memory while the system is being
-// solved, every thread fetching what it will use itself. So the memory has work while the warps compute. In a piece
-// both stay where they are from token to token.
+// One block owns a sequence and state head. All that it reads is asked for at once: H comes to registers, a warp holding
+// 16 rows, a lane the same KP / 32 columns of each, so that a block has 8, 4 or 2 warps; G comes to shared memory while
+// the system is being solved, every thread fetching what it will use itself. So the memory has work while the warps
+// compute. In a piece both stay where they are from token to token.
 //
 // Since H is symmetric, H p is taken as the sum of p_i times row i: no shuffles, but an exchange between the warps, of
 // which each sums the elements of its own rows only and keeps r and x for these. A step has two barriers: one for the
@@ -20,23 +20,28 @@
 namespace mesa {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kRows = 16;    // of H and G to a warp
 constexpr int kQueries = 4;  // heads of a query group that are read out together
 
 template <int KP>
+constexpr int kWarps = KP / kRows;
+template <int KP>
+constexpr int kMaxValues = KP < 64 ? 64 : kMaxWidth;  // no more than threads
+
+template <int KP>
 struct alignas(16) Shared {
-    // Every warp's share of a sum over all rows. Padded, so that a warp reads its columns of two or four shares at once
-    // from different banks.
-    float partial[2][kWarps][kMaxWidth + 4];
-    float k[KP], v[kMaxWidth];
+    // Every warp's share of a sum over all rows. Padded, so that a warp reads its columns of two shares at once from
+    // different banks.
+    float partial[2][kWarps<KP>][kMaxWidth + 4];
+    float k[KP], v[kMaxValues<KP>];
     float q[2][KP];     // of one query and the next
     float inverse[KP];  // of lamb
     float z[KP];
     // Of these, warps read only the elements of their own rows: no barrier needed.
     float direction[KP];
     float x[kQueries][KP];
-    float pAp[kWarps], rz[kWarps];  // shares of the dot products
-    float decay, beta;              // behind the arrays, which are read four numbers at a time
+    float pAp[kWarps<KP>], rz[kWarps<KP>];  // shares of the dot products
+    float decay, beta;                      // behind the arrays, which are read up to four numbers at a time
 };
 
 __device__ __forceinline__ float warp_sum(float v) {
@@ -51,31 +56,41 @@ __device__ __forceinline__ float warp_max(float v) {
     return v;
 }
 
-// The sum of every warp's share, in the same order for all.
-__device__ __forceinline__ float sum_shares(const float (&shares)[kWarps]) {
-    static_assert(kWarps == 8);
-    const float4 a = reinterpret_cast<const float4*>(shares)[0], b = reinterpret_cast<const float4*>(shares)[1];
-    return ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
-}
-
 // N neighbouring elements, at a multiple of their size.
 template <int N>
 __device__ __forceinline__ void load_vector(float (&v)[N], const float* from) {
-    static_assert(N == 2 || N == 4);
+    static_assert(N == 1 || N == 2 || N == 4);
     if constexpr (N == 4) {
         const float4 f = *reinterpret_cast<const float4*>(from);
         v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
-    } else {
+    } else if constexpr (N == 2) {
         const float2 f = *reinterpret_cast<const float2*>(from);
         v[0] = f.x, v[1] = f.y;
+    } else {
+        v[0] = *from;
     }
 }
 
 template <int N>
 __device__ __forceinline__ void store_vector(float* to, const float (&v)[N]) {
-    static_assert(N == 2 || N == 4);
+    static_assert(N == 1 || N == 2 || N == 4);
     if constexpr (N == 4) *reinterpret_cast<float4*>(to) = {v[0], v[1], v[2], v[3]};
-    else *reinterpret_cast<float2*>(to) = {v[0], v[1]};
+    else if constexpr (N == 2) *reinterpret_cast<float2*>(to) = {v[0], v[1]};
+    else *to = v[0];
+}
+
+// The sum of every warp's share, in the same order for all.
+template <int N>
+__device__ __forceinline__ float sum_shares(const float (&shares)[N]) {
+    constexpr int kPart = N < 4 ? N : 4;
+    float sum[N];
+#pragma unroll
+    for (int i = 0; i < N; i += kPart) load_vector(reinterpret_cast<float(&)[kPart]>(sum[i]), shares + i);
+#pragma unroll
+    for (int half = N / 2; half; half /= 2)
+#pragma unroll
+        for (int i = 0; i < half; ++i) sum[i] = sum[2 * i] + sum[2 * i + 1];
+    return sum[0];
 }
 
 // N elements of a state's row, of which `left` > 0 are there; with Aligned all, at a multiple of their size.
@@ -106,11 +121,15 @@ enum class Kind {
     piece,        // T tokens, from a state that may be none to one that may be none
 };
 
+// Blocks on a multiprocessor, as many as registers (128 a thread in a piece) and shared memory allow.
+template <int KP, Kind kind>
+constexpr int kBlocks = kind == Kind::piece || KP == 128 ? 256 / KP : KP == 64 ? 5 : 12;
+
 template <int KP, bool Aligned, Kind kind>
-__global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ? 3 : 2)
+__global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
     decode_kernel(const __grid_constant__ DecodeArgs a) {
     constexpr bool Piece = kind == Kind::piece, Packed = kind == Kind::packed_step;
-    constexpr int kRows = KP / kWarps, kCols = KP / 32;
+    constexpr int kCols = KP / 32, kBlockThreads = kWarps<KP> * 32, kPitch = kMaxValues<KP>;
     constexpr int kSharers = 32 / kRows;  // lanes to an element of the warp's own rows
     __shared__ Shared<KP> shared;
     Shared<KP>& sm = *ptx::opaque_shared(&shared);
@@ -148,7 +167,7 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
     if (pool_row < 0 || pool_row >= a.pool) {
         const auto [b, head] = place();
 #pragma unroll 1
-        for (int i = threadIdx.x; i < queries * a.V; i += kWarps * 32)
+        for (int i = threadIdx.x; i < queries * a.V; i += kBlockThreads)
             set_row_value(a.out, b, 0, head * queries + i / a.V, i % a.V, 0.f);
         return;  // a piece skips none
     }
@@ -156,8 +175,9 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
     float h[kRows][kCols];
     const int h_rows = col < a.K ? a.K - first_row : 0;  // of which the lane has elements
     const auto h_first = [&] { return (state() * a.K + first_row) * a.K + col; };
-    // Packed, a warp's rows and the lane's columns are in one tile; below the diagonal, as columns and rows of another.
-    const int row_tile = first_row / kTile, col_tile = col / kTile;
+    // Packed, a warp's rows are those of a tile; below the diagonal, the columns of another.
+    static_assert(kRows == kTile);
+    const int row_tile = warp, col_tile = col / kTile;
     const auto tile = [&](int i, int j) {  // i <= j
         return (state() * packed_tiles(a.K) + packed_tile(a.K, i, j)) * kTile * kTile;
     };
@@ -168,11 +188,11 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
 #pragma unroll
             for (int e = 0; e < kCols; ++e) h[r][e] = 0.f;
         if (in_tiles && row_tile <= col_tile) {
-            const float* const from = a.start_kk + tile(row_tile, col_tile) + first_row % kTile * kTile + col % kTile;
+            const float* const from = a.start_kk + tile(row_tile, col_tile) + col % kTile;
 #pragma unroll
             for (int r = 0; r < kRows; ++r) load_vector(h[r], from + r * kTile);
         } else if (in_tiles) {
-            const float* const from = a.start_kk + tile(col_tile, row_tile) + col % kTile * kTile + first_row % kTile;
+            const float* const from = a.start_kk + tile(col_tile, row_tile) + col % kTile * kTile;
 #pragma unroll
             for (int e = 0; e < kCols; ++e)
 #pragma unroll
@@ -200,7 +220,7 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
     const auto g_first = [&] { return (state() * a.K + first_row) * a.V + v_col; };
     const int g_rows = v_col < a.V ? a.K - first_row : 0;
     const auto stage_of_thread = [&] {
-        return reinterpret_cast<float*>(dynamic_shared) + ptx::opaque(first_row) * kMaxWidth + v_col;
+        return reinterpret_cast<float*>(dynamic_shared) + ptx::opaque(first_row) * kPitch + v_col;
     };
     const auto fetch_g = [&] {
         float* const stage = stage_of_thread();
@@ -210,13 +230,13 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
         for (int r = 0; r < kRows; ++r, g_row = ptx::opaque_global(g_row + a.V)) {
             if (r >= g_rows) continue;
             if (from_zero) {
-                store_vector(stage + r * kMaxWidth, {0.f, 0.f, 0.f, 0.f});
+                store_vector(stage + r * kPitch, {0.f, 0.f, 0.f, 0.f});
             } else if constexpr (Aligned) {
-                ptx::cp_async16(stage + r * kMaxWidth, g_row);
+                ptx::cp_async16(stage + r * kPitch, g_row);
             } else {
                 float row[4];
                 load_state_row<false>(row, g_row, a.V - v_col);
-                store_vector(stage + r * kMaxWidth, row);
+                store_vector(stage + r * kPitch, row);
             }
         }
         ptx::cp_async_commit();
@@ -232,7 +252,7 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
         const int rows_to_store = ptx::opaque(last && a.end_kk ? rows_here : 0);
         float* h_row = ptx::opaque_global(
             a.end_kk +
-            (Packed ? tile(row_tile, col_tile) + first_row % kTile * kTile + col % kTile : h_first()));
+            (Packed ? tile(row_tile, col_tile) + col % kTile : h_first()));
 #pragma unroll
         for (int r = 0; r < kRows; r += 4) {
             float k_row[4];
@@ -262,12 +282,12 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 if (r + i >= g_rows) continue;
-                load_vector(rows[i], stage + (r + i) * kMaxWidth);
+                load_vector(rows[i], stage + (r + i) * kPitch);
             }
             if (first == 0) {
                 const float decay = sm.decay, beta = sm.beta;
-                float v[4];
-                load_vector(v, &sm.v[v_col]);
+                float v[4] = {};
+                if (kPitch == kMaxWidth || v_col < kPitch) load_vector(v, &sm.v[v_col]);
 #pragma unroll
                 for (int i = 0; i < kBatch; ++i) {
                     if (r + i >= g_rows) continue;
@@ -275,7 +295,7 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
 #pragma unroll
                     for (int e = 0; e < 4; ++e) rows[i][e] = fmaf(decay, rows[i][e], beta * (k_row * v[e]));
                     if (store) store_state_row<Aligned>(g_row + i * a.V, rows[i], a.V - v_col);
-                    if (!last) store_vector(stage + (r + i) * kMaxWidth, rows[i]);
+                    if (!last) store_vector(stage + (r + i) * kPitch, rows[i]);
                 }
             }
 #pragma unroll
@@ -291,16 +311,16 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
         }
 #pragma unroll 1
         for (int query = 0; query < count; ++query) {
-            float(&partial)[kWarps][kMaxWidth + 4] = sm.partial[query % 2];
+            auto& partial = sm.partial[query % 2];
 #pragma unroll
             for (int i = 0; i < kQueries; ++i)
                 if (i == query) store_vector(&partial[warp][v_col], o[i]);
             __syncthreads();
-            static_assert(kMaxWidth <= kWarps * 32);
+            static_assert(kMaxValues<KP> <= kBlockThreads);
             if (int(threadIdx.x) < a.V) {
                 float sum = 0.f;
 #pragma unroll
-                for (int w = 0; w < kWarps; ++w) sum += partial[w][threadIdx.x];
+                for (int w = 0; w < kWarps<KP>; ++w) sum += partial[w][threadIdx.x];
                 const auto [b, head] = place();
                 set_row_value(a.out, b, t, head * queries + first + query, threadIdx.x, sum);
             }
@@ -316,7 +336,7 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
             sm.k[element] = converted(k_bits, a.k.dtype);
             sm.q[0][element] = converted(q_bits, a.q.dtype);
         }
-        if (threadIdx.x < kMaxWidth) sm.v[threadIdx.x] = converted(v_bits, a.v.dtype);
+        if (threadIdx.x < kMaxValues<KP>) sm.v[threadIdx.x] = converted(v_bits, a.v.dtype);
         if (threadIdx.x == 0) sm.decay = expf(g), sm.beta = beta;
         __syncthreads();
         if (t == 0) fetch_g();  // here, since the compiler leaves H's loads before a barrier, and not before G's
@@ -371,10 +391,10 @@ __global__ void __launch_bounds__(kWarps * 32, KP == 64 && kind != Kind::piece ?
                 if (lane == 0) sm.pAp[warp] = pAp;
                 __syncthreads();
 
-                const float* shares = &sm.partial[0][lane / kRows * (kWarps / kSharers)][own];
+                const float* shares = &sm.partial[0][lane / kRows * (kWarps<KP> / kSharers)][own];
                 float ap_own = shares[0];
 #pragma unroll
-                for (int w = 1; w < kWarps / kSharers; ++w) ap_own += shares[w * (kMaxWidth + 4)];
+                for (int w = 1; w < kWarps<KP> / kSharers; ++w) ap_own += shares[w * (kMaxWidth + 4)];
 #pragma unroll
                 for (int d = kRows; d < 32; d *= 2) ap_own += __shfl_xor_sync(0xffffffffu, ap_own, d);
                 ap_own += lamb_p;
@@ -429,7 +449,8 @@ cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
                         : step   ? decode_kernel<KP, Aligned, Kind::step>
                                  : decode_kernel<KP, Aligned, Kind::piece>;
     if (a.packed && !step) return cudaErrorInvalidValue;
-    return launch(kernel, a, int64_t(a.B) * a.HS, KP * kMaxWidth * sizeof(float), stream, kWarps * 32);
+    return launch(kernel, a, int64_t(a.B) * a.HS, KP * kMaxValues<KP> * sizeof(float), stream,
+                  kWarps<KP> * 32);
 }
 
 template <int KP>
@@ -445,6 +466,7 @@ cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_decode(const DecodeArgs& a, cudaStream_t stream) {
+    if (a.K <= 32 && a.V <= kMaxValues<32>) return launch_decode_kernel<32>(a, stream);
     return a.K <= 64 ? launch_decode_kernel<64>(a, stream) : launch_decode_kernel<128>(a, stream);
 }
 

@@ -73,6 +73,9 @@ __device__ __forceinline__ void store_streaming(float* to, const float (&v)[4]) 
 __device__ __forceinline__ void store_streaming(float* to, const float (&v)[2]) {
     asm volatile("st.global.cs.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v[0]), "f"(v[1]) : "memory");
 }
+__device__ __forceinline__ void store_streaming(float* to, const float (&v)[1]) {
+    asm volatile("st.global.cs.f32 [%0], %1;" ::"l"(to), "f"(v[0]) : "memory");
+}
 
 // p, whose origin is forgotten: addresses come from here by additions, not each from the kernel's argument.
 template <typename T>

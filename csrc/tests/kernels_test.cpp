@@ -743,11 +743,16 @@ bool test() {
         ok &= test_decode(127, 128, dtype);
         ok &= test_decode(1, 1, dtype);
         ok &= test_decode(2, 4, dtype);
+        ok &= test_decode(32, 64, dtype, 3);
+        ok &= test_decode(23, 64, dtype);
+        ok &= test_decode(32, 65, dtype);  // wider values than the narrow kernel takes
+        ok &= test_decode(16, 128, dtype, 2);
         ok &= test_piece(3, 128, 128, dtype);
         ok &= test_piece(4, 64, 96, dtype, 1, false);
         ok &= test_piece(3, 37, 70, dtype, 2);
         ok &= test_piece(2, 128, 50, dtype, 6);
         ok &= test_piece(16, 16, 16, dtype, 5);
+        ok &= test_piece(3, 30, 64, dtype, 2, false);
         ok &= test_piece(1, 100, 36, dtype, 1, false);
         ok &= test_state_at(50, 40, dtype);
     }
