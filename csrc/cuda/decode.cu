@@ -2,10 +2,10 @@
 // once, the system is solved with the same rules as in the chunked path (cg.h), and the output is read from the updated
 // G. Each token is computed as in a call of its own, so that a piece gives, bit for bit, what single steps do.
 //
-// One block owns a sequence and state head. All that it reads is asked for at once: H comes to registers, a warp holding
-// 16 rows, a lane the same KP / 32 columns of each, so that a block has 8, 4 or 2 warps; G comes to shared memory while
-// the system is being solved, every thread fetching what it will use itself. So the memory has work while the warps
-// compute. In a piece both stay where they are from token to token.
+// One block owns a sequence and state head. All that it reads is asked for at once: H comes to registers, a warp
+// holding 16 rows, a lane the same KP / 32 columns of each (so a block has 8, 4 or 2 warps); G comes to shared memory
+// while the system is being solved, every thread fetching what it will use itself. So the memory has work while the
+// warps compute. In a piece both stay where they are from token to token.
 //
 // Since H is symmetric, H p is taken as the sum of p_i times row i: no shuffles, but an exchange between the warps, of
 // which each sums the elements of its own rows only and keeps r and x for these. A step has two barriers: one for the
@@ -21,14 +21,23 @@ namespace mesa {
 namespace {
 
 constexpr int kRows = 16;    // of H and G to a warp
-constexpr int kQueries = 4;  // heads of a query group that are read out together
 
 template <int KP>
 constexpr int kWarps = KP / kRows;
 template <int KP>
 constexpr int kMaxValues = KP < 64 ? 64 : kMaxWidth;  // no more than threads
 
-template <int KP>
+enum class Kind {
+    step,         // one token in place
+    packed_step,  // the same with H packed
+    piece,        // T tokens, from a state that may be none to one that may be none
+};
+
+// Heads of a query group that are read out together; in a piece there are too few registers for more than one.
+template <Kind kind>
+constexpr int kQueries = kind == Kind::piece ? 1 : 4;
+
+template <int KP, Kind kind>
 struct alignas(16) Shared {
     // Every warp's share of a sum over all rows. Padded, so that a warp reads its columns of two shares at once from
     // different banks.
@@ -39,7 +48,7 @@ struct alignas(16) Shared {
     float z[KP];
     // Of these, warps read only the elements of their own rows: no barrier needed.
     float direction[KP];
-    float x[kQueries][KP];
+    float x[kQueries<kind>][KP];
     float pAp[kWarps<KP>], rz[kWarps<KP>];  // shares of the dot products
     float decay, beta;                      // behind the arrays, which are read up to four numbers at a time
 };
@@ -115,12 +124,6 @@ __device__ __forceinline__ void store_state_row(float* to, const float (&v)[N], 
     }
 }
 
-enum class Kind {
-    step,         // one token in place
-    packed_step,  // the same with H packed
-    piece,        // T tokens, from a state that may be none to one that may be none
-};
-
 // Blocks on a multiprocessor, as many as registers (128 a thread in a piece) and shared memory allow.
 template <int KP, Kind kind>
 constexpr int kBlocks = kind == Kind::piece || KP == 128 ? 256 / KP : KP == 64 ? 5 : 12;
@@ -131,8 +134,9 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
     constexpr bool Piece = kind == Kind::piece, Packed = kind == Kind::packed_step;
     constexpr int kCols = KP / 32, kBlockThreads = kWarps<KP> * 32, kPitch = kMaxValues<KP>;
     constexpr int kSharers = 32 / kRows;  // lanes to an element of the warp's own rows
-    __shared__ Shared<KP> shared;
-    Shared<KP>& sm = *ptx::opaque_shared(&shared);
+    constexpr int kTogether = kQueries<kind>;
+    __shared__ Shared<KP, kind> shared;
+    auto& sm = *ptx::opaque_shared(&shared);
     MESA_DYNAMIC_SHARED(dynamic_shared);
     // Opaque, or with so few registers left they would be made anew in every step.
     const int lane = ptx::opaque(threadIdx.x % 32), warp = ptx::opaque(threadIdx.x / 32);
@@ -273,7 +277,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
         if constexpr (Aligned) ptx::cp_async_wait<0>();
         __syncwarp();
         float* const stage = stage_of_thread();
-        float o[kQueries][4] = {};
+        float o[kTogether][4] = {};
         const bool store = t + 1 == tokens && a.end_kv;
         float* g_row = ptx::opaque_global(a.end_kv + g_first());
 #pragma unroll 1
@@ -299,7 +303,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
                 }
             }
 #pragma unroll
-            for (int query = 0; query < kQueries; ++query) {
+            for (int query = 0; query < kTogether; ++query) {
                 if (query >= count) break;
 #pragma unroll
                 for (int i = 0; i < kBatch; ++i) {
@@ -313,7 +317,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
         for (int query = 0; query < count; ++query) {
             auto& partial = sm.partial[query % 2];
 #pragma unroll
-            for (int i = 0; i < kQueries; ++i)
+            for (int i = 0; i < kTogether; ++i)
                 if (i == query) store_vector(&partial[warp][v_col], o[i]);
             __syncthreads();
             static_assert(kMaxValues<KP> <= kBlockThreads);
@@ -345,7 +349,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
     begin_token();  // here and at the end of the loop: once, at its beginning, it would cost registers
 
     for (int first = 0;;) {
-        const int count = min(kQueries, queries - first);
+        const int count = min(kTogether, queries - first);
         for (int query = 0; query < count; ++query) {
             const float q_own = converted(q_bits, a.q.dtype);
             float(&q)[KP] = sm.q[(first + query) % 2];
@@ -424,14 +428,14 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
                 if (a.bound) a.bound[at] = sqrtf(row.bound_squared());
             }
         }
-        const bool last = first + kQueries >= queries;
+        const bool last = first + kTogether >= queries;
         if (last && t + 1 == tokens) {
             // A copy of its own, since H's registers are free here.
             read_out(std::integral_constant<int, 8>(), t, first, count, true);
             return;
         }
-        read_out(std::integral_constant<int, 2>(), t, first, count, false);
-        first += kQueries;
+        read_out(std::integral_constant<int, Piece ? 4 : 2>(), t, first, count, false);
+        first += kTogether;
         if (Piece && last) {
             first = 0;
             fetch_token(++t);
