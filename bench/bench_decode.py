@@ -129,7 +129,7 @@ def plot_batches(path, rows):
         "mesa_ext, exactly 30 steps": "30 steps ms",
         "mesa_ext, packed state": "packed ms",
         "fla, 30 steps": "fla ms",
-        "memory floor": "floor ms",
+        "memory floor, full state": "floor ms",
     }
     lines = {name: [(row["batch"], row[key]) for row in first if row.get(key)] for name, key in columns.items()}
     plot_lines(path, lines, "batch", f"milliseconds a step ({first[0]['heads']} heads of {first[0]['width']})")

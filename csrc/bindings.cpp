@@ -1,11 +1,13 @@
-// Operator schemas and the Python module mesa_ext._C, whose import registers them. The implementations register
-// themselves by device in cpu_backend.cpp and cuda_backend.cpp.
+// The Python module mesa_ext._C, whose import registers the operators. The implementations register themselves by
+// device in cpu_backend.cpp and cuda_backend.cpp.
 #include <torch/extension.h>
 #include <torch/library.h>
 
 #include <sstream>
 #include <string>
 #include <vector>
+
+#include "schemas.h"
 
 #ifndef MESA_CUDA_ARCHS
 #define MESA_CUDA_ARCHS ""  // what the kernels were compiled for, separated by spaces, commas or semicolons
@@ -17,19 +19,7 @@
 
 TORCH_LIBRARY(mesa_ext, m) {
     m.set_python_module("mesa_ext.ops");  // where the fake kernels live
-    // o; x if `solution`; h_kk and h_kv if `final_state`; steps and bound if `solver_info`.
-    m.def(
-        "chunk_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor lamb, Tensor? h_kk, Tensor? h_kv, "
-        "Tensor? cu_seqlens, int max_cg_iterations, float cg_tol, bool solution=True, bool final_state=True, "
-        "bool solver_info=True, Tensor? state_at=None) -> Tensor[]");
-    // dq, dk, dv, dg, dbeta, dlamb; dh_kk and dh_kv if there are h_kk and h_kv.
-    m.def(
-        "chunk_backward(Tensor do, Tensor? dh_kk_final, Tensor? dh_kv_final, Tensor q, Tensor k, Tensor v, Tensor g, "
-        "Tensor beta, Tensor lamb, Tensor? h_kk, Tensor? h_kv, Tensor? cu_seqlens, Tensor x, int max_cg_iterations, "
-        "float cg_tol) -> Tensor[]");
-    m.def(
-        "decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor lamb, Tensor(a!) h_kk, "
-        "Tensor(b!) h_kv, Tensor? state_indices, int max_cg_iterations, float cg_tol, Tensor(c!) out) -> ()");
+    mesa::define_operators(m);
 }
 
 namespace {
