@@ -20,7 +20,7 @@
 namespace mesa {
 namespace {
 
-constexpr int kRows = 16;    // of H and G to a warp
+constexpr int kRows = 16;  // of H and G to a warp
 
 template <int KP>
 constexpr int kWarps = KP / kRows;
