@@ -38,7 +38,7 @@ def main():
     bad = []
     print(f"{'kernel':64} {'arch':8} {'registers':>9} {'stack':>6} {'spills':>6} {'shared':>7}")
     for short, (_, arch, frame, spills, registers, shared) in zip(demangled([f[0] for f in found]), found):
-        tolerated = max((size for pattern, size in TOLERATED.items() if re.search(pattern, short)), default=0)
+        tolerated = max((size for part, size in TOLERATED.items() if part in short), default=0)
         mark = "" if frame == spills == 0 else "  (tolerated)" if frame <= tolerated else "  <--"
         print(f"{short:64} {arch:8} {registers:9} {frame:6} {spills:6} {shared:7}{mark}")
         if "<" in mark:

@@ -224,9 +224,9 @@ def assert_bitwise(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     assert not wrong, {name: f"relative error {relative_error(actual[name], expected[name]):.2e}" for name in wrong}
 
 
-def bar_for(inputs: Inputs, kappa: float | None = None) -> Callable[[str], float]:
-    """The bar of each tensor for these inputs."""
-    bars = BARS[inputs.q.device.type, inputs.q.dtype]
+def bar_for(inputs: Inputs, kappa: float | None = None, device: str | None = None) -> Callable[[str], float]:
+    """The bar of each tensor for these inputs, on their device or as if on another."""
+    bars = BARS[device or inputs.q.device.type, inputs.q.dtype]
     kappa = inputs.condition() if kappa is None else kappa
     gradient = bars.gradient if kappa < MILD else bars.hard_gradient
     return lambda name: gradient if name.startswith("d") else bars.o
@@ -274,12 +274,9 @@ def _gate_floors(inputs: Inputs, do: Tensor, draws: int = 8) -> dict[str, float]
     def rounded(a: Tensor) -> Tensor:
         return a * (1 + 2**-11 * torch.randn(a.shape, generator=generator, device=a.device, dtype=a.dtype))
 
-    rms = {"dg": 0.0, "dbeta": 0.0}
-    for _ in range(draws):
-        moved = gradients(rounded(x), rounded(w))
-        for name, a, b in zip(rms, moved, gradients(x, w)):
-            rms[name] = math.hypot(rms[name], (a - b).norm().item() / draws**0.5)
-    return rms
+    still, moved = gradients(x, w), [gradients(rounded(x), rounded(w)) for _ in range(draws)]
+    rms = (math.hypot(*((m[i] - still[i]).norm().item() for m in moved)) / draws**0.5 for i in range(2))
+    return dict(zip(("dg", "dbeta"), rms))
 
 
 def assert_accurate(inputs: Inputs, actual: dict[str, Tensor], gradients: tuple[Tensor, ...] = ()) -> None:

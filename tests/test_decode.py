@@ -39,18 +39,19 @@ def rounding_floor(inputs, draws=8):
     return math.sqrt(sum(relative_error(o, expected) ** 2 for o in moved) / draws)
 
 
-def assert_accurate(inputs, o, state):
+def assert_accurate(inputs, o, state, device=None):
     """o [B, HO, V] of the only token, or [B, T, HO, V], within the bars of mesa_attention; on CUDA also within three
-    rounding floors.
+    rounding floors. The device is that of the inputs, unless another is to be judged.
 
     On CUDA a step is in float32 throughout, while mesa_attention there (and the CPU in both) does what float32 is not
     enough for in float64. In the regimes with keys of correlation .9 the floor is up to 7e-5, and a step twice that.
     """
     expected = evaluate(mesa_reference, inputs, wide=True)
-    bar = bar_for(inputs)
+    device = device or inputs.q.device.type
+    bar = bar_for(inputs, device=device)
     o_bar = bar("o")
     o = o.unsqueeze(1) if o.ndim == 3 else o
-    if inputs.q.is_cuda and not relative_error(o, expected["o"]) <= o_bar:
+    if device == "cuda" and not relative_error(o, expected["o"]) <= o_bar:
         o_bar = max(o_bar, 3 * rounding_floor(inputs))
     actual = {"o": o, **state._asdict()}
     assert_close(actual, expected, lambda name: o_bar if name == "o" else bar(name))

@@ -9,18 +9,18 @@ import os
 import pytest
 import torch
 
-from mesa_ext import MesaState, mesa_attention, mesa_decode_step
+from mesa_ext import MesaState, mesa_attention
+from tests import regimes
 from tests.regimes import (
-    BARS,
-    assert_bitwise,
+    REGIMES,
     assert_close,
-    bar_for,
     draw,
     dtypes,
     evaluate,
     output_gradients,
     solver_steps,
 )
+from tests.test_decode import assert_accurate, copy
 
 LIBRARY = os.environ.get("MESA_EXT_EMULATED")
 pytestmark = pytest.mark.skipif(not LIBRARY, reason="needs MESA_EXT_EMULATED, the library")
@@ -48,11 +48,8 @@ def arguments(inputs):
     return *inputs.tokens(), inputs.lamb, *(inputs.initial_state or (None, None)), inputs.cu_seqlens
 
 
-def bars(inputs):
-    """Those of CUDA."""
-    cuda = BARS["cuda", inputs.q.dtype]
-    assert bar_for(inputs)("dq") == BARS["cpu", inputs.q.dtype].gradient, "not a mild regime"
-    return lambda name: cuda.gradient if name.startswith("d") else cuda.o
+def bar_for(inputs):
+    return regimes.bar_for(inputs, device="cuda")
 
 
 def exact(inputs, gradients=(), **options):
@@ -60,19 +57,35 @@ def exact(inputs, gradients=(), **options):
     return evaluate(mesa_attention, inputs, gradients, wide=True, max_cg_iterations=300, cg_tol=1e-13, **options)
 
 
+def check(operators, inputs, gradients):
+    """Values, and gradients for these of the outputs."""
+    dtype = inputs.q.dtype
+    solver = solver_steps(dtype), 1e-5 if dtype == torch.float32 else 1e-3
+    result = dict(zip(NAMES, operators.chunk_forward(*arguments(inputs), *solver), strict=True))
+    do, dh_kk, dh_kv = gradients if len(gradients) == 3 else (*gradients, None, None)
+    grads = operators.chunk_backward(do, dh_kk, dh_kv, *arguments(inputs), result["x"], *solver)
+    expected = exact(inputs, gradients, output_final_state=True)
+    names = [name for name in expected if name.startswith("d")]
+    actual = {name: result[name] for name in ("o", "h_kk", "h_kv")} | dict(zip(names, grads, strict=True))
+    assert_close(actual, expected, bar_for(inputs))
+    assert 0 < result["steps"].min() and (result["bound"].max() <= solver[1] or result["steps"].max() == solver[0])
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
 def test_values_and_gradients(operators, kernels, dtype, shape):
     inputs = draw("random", "cpu", dtype, **shape)
-    gradients = output_gradients(inputs, scale=1e-3, state=True)
-    solver = solver_steps(dtype), 1e-5 if dtype == torch.float32 else 1e-3
-    result = dict(zip(NAMES, operators.chunk_forward(*arguments(inputs), *solver), strict=True))
-    grads = operators.chunk_backward(*gradients, *arguments(inputs), result["x"], *solver)
-    expected = exact(inputs, gradients, output_final_state=True)
-    names = [name for name in expected if name.startswith("d")]
-    actual = {name: result[name] for name in ("o", "h_kk", "h_kv")} | dict(zip(names, grads, strict=True))
-    assert_close(actual, expected, bars(inputs))
-    assert 0 < result["steps"].min() and result["bound"].max() <= solver[1]
+    check(operators, inputs, output_gradients(inputs, state=True))
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e4])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
+def test_every_regime(operators, kernels, dtype, regime, scale):
+    if dtype == torch.float16 and scale != 1:
+        pytest.skip("float16 does not hold such gradients or their results")
+    inputs = draw(regime, "cpu", dtype, heads=1, T=70, context=4096)
+    check(operators, inputs, output_gradients(inputs, scale=scale))
 
 
 @pytest.mark.parametrize("wanted", [(True, False, True), (True, True, False), (False, False, False)], ids=str)
@@ -84,46 +97,57 @@ def test_only_what_is_wanted_is_made(operators, wanted):
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
+def step(operators, inputs, state, rows):
+    """o of a single token, and the state that was updated in place."""
+    token = *(a[:, 0] for a in inputs.tokens()), inputs.lamb
+    batch, q_heads, _ = token[0].shape
+    _, heads, V = token[2].shape
+    o = token[2].new_full((batch, max(q_heads, heads), V), torch.nan)
+    operators.decode_step(*token, *state, rows, solver_steps(inputs.q.dtype), 1e-6, o)
+    return {"o": o, **state._asdict()}
+
+
+@pytest.mark.parametrize("K, V", [(128, 128), (64, 40), (32, 64), (16, 100)])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
+def test_decode(operators, dtype, regime, K, V):
+    inputs = draw(regime, "cpu", dtype, T=1, heads=(4, 1, 2), K=K, V=V, context=4096)
+    result = step(operators, inputs, copy(inputs.initial_state), None)
+    assert_accurate(inputs, result["o"], MesaState(result["h_kk"], result["h_kv"]), device="cuda")
+
+
 @pytest.mark.parametrize("K, V", [(128, 128), (64, 40), (32, 64), (16, 100)])
 @pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
-def test_decode(operators, dtype, K, V):
-    """Full and packed, with rows of a pool: the same bits, and no other row touched."""
+def test_decode_packed_and_from_a_pool(operators, dtype, K, V):
+    """The bits of the full states in order; a skipped sequence gets zeros, and no other row is touched."""
     inputs = draw("random", "cpu", dtype, B=4, T=1, heads=(4, 1, 2), K=K, V=V, context=50)
-    inputs.initial_state = MesaState(*(torch.cat((h, h[:3])) for h in inputs.initial_state))
-    rows = torch.tensor([5, -1, 3, 0])
-    token = *(a[:, 0] for a in inputs.tokens()), inputs.lamb
-
-    def step(state):
-        o = token[2].new_full((4, 4, V), torch.nan)
-        operators.decode_step(*token, *state, rows, solver_steps(dtype), 1e-6, o)
-        return {"o": o, **state._asdict()}
-
-    def copy(state, dtype=torch.float32):
-        return MesaState(*(h.to(dtype, copy=True) for h in state))
-
-    state = copy(inputs.initial_state)
-    upper = state.h_kk.triu()
-    state = MesaState(upper + upper.triu(1).mT, state.h_kv)
-    wide = copy(state, torch.float64)
-    packed = step(copy(state.packed()))
-    actual = step(state)
-    assert_bitwise(packed, actual | {"h_kk": state.packed().h_kk})
-    o = mesa_decode_step(*(a.double() for a in token), wide, state_indices=rows, max_cg_iterations=300)
-    assert_close(actual, {"o": o, **wide._asdict()}, BARS["cuda", dtype].o)
-    assert not actual["o"][1].any()
+    upper = inputs.initial_state.h_kk.triu()
+    start = MesaState(upper + upper.triu(1).mT, inputs.initial_state.h_kv)
+    expected = step(operators, inputs, copy(start), None)
+    expected["o"][1] = 0
+    for packed in (False, True):
+        states = start.packed() if packed else start
+        pool = MesaState(*(torch.cat((h, h))[[3, 4, 0, 7, 2, 4]] for h in states))
+        before = copy(pool)
+        result = step(operators, inputs, pool, torch.tensor([2, -1, 4, 0]))
+        assert torch.equal(result["o"], expected["o"])
+        after = MesaState(expected["h_kk"], expected["h_kv"])
+        for h, h_before, h_after in zip(pool, before, after.packed() if packed else after):
+            assert torch.equal(h[[2, 4, 0]], h_after[[0, 2, 3]]) and torch.equal(h[[1, 3, 5]], h_before[[1, 3, 5]])
 
 
 @pytest.mark.parametrize("T", [5, 9])
+@pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
-def test_piece_and_states_along_the_way(operators, dtype, T):
+def test_piece_and_states_along_the_way(operators, dtype, regime, T):
     """By the decode kernel and by those for chunks."""
-    inputs = draw("random", "cpu", dtype, B=2, T=T, heads=(4, 1, 2), K=48, V=40, context=50)
+    inputs = draw(regime, "cpu", dtype, B=2, T=T, heads=(4, 1, 2), K=48, V=40, context=500)
     counts = torch.tensor([[0, T, 2], [4, 1, 1]])
     solver = solver_steps(dtype), 1e-5
     results = operators.chunk_forward(*arguments(inputs), *solver, False, True, False, state_at=counts)
     names = ("o", "h_kk", "h_kv")
     assert_close(
-        dict(zip(names, results, strict=True)), exact(inputs, output_final_state=True, state_at=counts), bars(inputs)
+        dict(zip(names, results, strict=True)), exact(inputs, output_final_state=True, state_at=counts), bar_for(inputs)
     )
     last = operators.chunk_forward(*arguments(inputs), *solver, False, True, False)
-    assert_close(dict(zip(names, last, strict=True)), exact(inputs, output_final_state=True), bars(inputs))
+    assert_close(dict(zip(names, last, strict=True)), exact(inputs, output_final_state=True), bar_for(inputs))

@@ -9,6 +9,7 @@
 
 TORCH_LIBRARY(mesa_ext_emulated, m) { mesa::define_operators(m); }
 
+// What the glue registers itself as. PyTorch's headers use the second word too and are therefore included above.
 #define mesa_ext mesa_ext_emulated
 #define CUDA CPU
 #include "cuda_backend.cpp"
