@@ -126,15 +126,51 @@ struct Call {
     at::TensorOptions float_options() const { return g.options(); }
 };
 
-// Memory for the states of every chunk: the panels, then the scales; and behind them what solves need of lamb, which
-// comes with the states.
+// The states are by far the largest tensor. So that memory is needed for some of them only, the heads are worked on in
+// groups, one after the other, each from its states to its results: as many groups as leave enough work for every
+// kernel and as there are worth it. No head's result depends on the others.
+#ifndef MESA_EXT_SMALL_GROUPS
+constexpr int64_t kGroupStrips = 256;       // 64 x 64 tiles of the states that are made side by side
+constexpr int64_t kGroupBytes = 64 << 20;  // of a group's states
+#else  // in the emulator, where nothing is large
+constexpr int64_t kGroupStrips = 1, kGroupBytes = 1;
+#endif
+
+int64_t state_bytes(const Call& c, int64_t heads) {
+    return c.problem.slots() * heads * split_state_panels(c.problem) * kPanel * sizeof(__half);
+}
+
+int64_t head_groups(const Call& c) {
+    const int64_t strips = c.problem.segments() * c.size.HS * split_state_panels(c.problem) / 2,
+                  bytes = state_bytes(c, c.size.HS);
+    int64_t groups = 1;
+    for (int64_t more = 2; c.size.HS % more == 0 && strips >= more * kGroupStrips && bytes >= more * kGroupBytes;
+         more *= 2)
+        groups = more;
+    return groups;
+}
+
+// Of `all` heads, those of one group.
+Heads heads_of_group(int64_t all, int64_t groups, int64_t group) {
+    return {static_cast<int>(all), static_cast<int>(all / groups * group), static_cast<int>(all / groups)};
+}
+
+// Rows of a tensor that has a group's heads only, as seen by a kernel that counts all.
+Rows rows_of_group(const Tensor& t, const Heads& heads, int64_t width) {
+    Rows rows = rows_of(t, t.size(2), width);
+    rows.data = static_cast<char*>(rows.data) - heads.first * rows.head_stride * t.element_size();
+    return rows;
+}
+
+// Memory for the states of a group of heads before every chunk: the panels, then the scales; and behind them what
+// solves need of lamb, which comes with the states.
 struct States {
     int64_t heads, panel_bytes, scale_bytes;
     Tensor memory;
 
     States(const Call& call, int64_t heads_)
         : heads(heads_),
-          panel_bytes(call.problem.slots() * heads * split_state_panels(call.problem) * kPanel * sizeof(__half)),
+          panel_bytes(state_bytes(call, heads)),
           scale_bytes(rounded_up(
               call.problem.slots() * heads * (tiles(call.problem.V) + tiles(call.problem.K)) * sizeof(float),
               alignof(LambPair))),
@@ -147,10 +183,12 @@ struct States {
         return reinterpret_cast<LambPair*>(memory.data_ptr<uint8_t>() + panel_bytes + scale_bytes);
     }
 
-    SplitStates view(int64_t kernel_heads) const {
+    // As seen by a kernel that works on `count` heads, which share them.
+    SplitStates view(const Heads& kernel) const {
         uint8_t* const bytes = memory.data_ptr<uint8_t>();
+        const int group = kernel.count / static_cast<int>(heads);
         return {reinterpret_cast<__half*>(bytes), reinterpret_cast<float*>(bytes + panel_bytes),
-                static_cast<int>(heads), static_cast<int>(kernel_heads / heads)};
+                static_cast<int>(heads), group, kernel.first / group};
     }
 };
 
@@ -168,19 +206,18 @@ struct SegmentSums {
     float* decays_data() const { return decays.defined() ? decays.data_ptr<float>() : nullptr; }
 };
 
-void forward_states(const Call& c, const States& states, float* end_kk, float* end_kv) {
-    const int64_t heads = c.size.HS;
-    const SegmentSums segments(c, heads);
+void forward_states(const Call& c, const States& states, const Heads& heads, float* end_kk, float* end_kv) {
+    const SegmentSums segments(c, heads.count);
     C10_CUDA_CHECK(launch_chunk_states({c.problem,
-                                        c.k_rows(heads),
-                                        {c.v_rows(heads), c.k_rows(heads)},
-                                        c.gates(heads),
+                                        c.k_rows(heads.all),
+                                        {c.v_rows(heads.all), c.k_rows(heads.all)},
+                                        c.gates(heads.all),
                                         data_or_null<float>(c.h_kv),
                                         data_or_null<float>(c.h_kk),
                                         end_kv,
                                         end_kk,
                                         states.view(heads),
-                                        static_cast<int>(heads),
+                                        heads,
                                         1,
                                         false,
                                         segments.sums_data(),
@@ -193,45 +230,43 @@ void forward_states(const Call& c, const States& states, float* end_kk, float* e
 }
 
 // What every solve has; the rest is for the caller to set.
-SolveArgs solve_args(const Call& c, Solve kind, const States& states, const Rows& rhs, int64_t max_iterations,
-                     double tolerance) {
-    const int64_t heads = c.size.HO;
+SolveArgs solve_args(const Call& c, Solve kind, const States& states, const Heads& heads, const Rows& rhs,
+                     int64_t max_iterations, double tolerance) {
     SolveArgs args{};
     args.problem = c.problem;
     args.kind = kind;
     args.rhs = rhs;
-    args.keys = c.k_rows(heads);
-    args.values = c.v_rows(heads);
-    args.gates = c.gates(heads);
+    args.keys = c.k_rows(heads.all);
+    args.values = c.v_rows(heads.all);
+    args.gates = c.gates(heads.all);
     args.lamb = states.lamb();
     args.states = states.view(heads);
-    args.heads = static_cast<int>(heads);
+    args.heads = heads;
     args.max_iterations = static_cast<int>(max_iterations);
     args.tolerance = static_cast<float>(tolerance);
     return args;
 }
 
 // x and o once more, where the solver has found rows that float32 is not enough for.
-void refine(const Call& c, const States& states, const Tensor& q, const Tensor& x, const Tensor& o,
+void refine(const Call& c, const States& states, const Heads& heads, const Tensor& q, const Tensor& x, const Tensor& o,
             HardRows* hard_rows, int64_t max_iterations) {
-    const int64_t heads = c.size.HO;
     const Tensor correction = at::empty_like(x);
     const RefineArgs args{c.problem,
-                          rows_of(q, heads, c.size.K),
-                          c.k_rows(heads),
-                          c.v_rows(heads),
-                          c.gates(heads),
+                          rows_of(q, heads.all, c.size.K),
+                          c.k_rows(heads.all),
+                          c.v_rows(heads.all),
+                          c.gates(heads.all),
                           states.lamb(),
                           data_or_null<float>(c.h_kv),
                           data_or_null<float>(c.h_kk),
                           hard_rows,
-                          rows_of(x, heads, c.size.K),
-                          rows_of(correction, heads, c.size.K),
-                          rows_of(o, heads, c.size.V),
-                          static_cast<int>(heads)};
+                          rows_of(x, heads.all, c.size.K),
+                          rows_of(correction, heads.all, c.size.K),
+                          rows_of(o, heads.all, c.size.V),
+                          heads};
     C10_CUDA_CHECK(launch_residuals(args, c.stream));
     SolveArgs corrected =
-        solve_args(c, Solve::correction, states, args.correction, max_iterations, kCorrectionTolerance);
+        solve_args(c, Solve::correction, states, heads, args.correction, max_iterations, kCorrectionTolerance);
     corrected.x = args.correction;
     corrected.hard_rows = hard_rows;
     C10_CUDA_CHECK(launch_solve(corrected, c.stream));
@@ -316,18 +351,22 @@ std::vector<Tensor> chunk_forward(
     const bool refines = p.dtype == at::kFloat;
     const Tensor o = empty_padded({p.B, p.T, p.HO, p.V}, q.options());
     const Tensor x = solution || refines ? empty_padded({p.B, p.T, p.HO, p.K}, f32) : Tensor();
-    const States states(c, p.HS);
-    forward_states(c, states, last_kk, last_kv);
     Tensor hard_rows;
     if (refines) hard_rows = at::empty({c.problem.slots(), p.HO}, f32.dtype(at::kLong));
-    SolveArgs args = solve_args(c, Solve::forward, states, rows_of(q, p.HO, p.K), max_cg_iterations, cg_tol);
-    if (x.defined()) args.x = rows_of(x, p.HO, p.K);
-    args.out = rows_of(o, p.HO, p.V);
-    args.steps = data_or_null<int>(steps);
-    args.bound = data_or_null<float>(bound);
-    if (refines) args.hard_rows = static_cast<HardRows*>(hard_rows.data_ptr());
-    C10_CUDA_CHECK(launch_solve(args, c.stream));
-    if (refines) refine(c, states, q, x, o, args.hard_rows, max_cg_iterations);
+    const int64_t groups = head_groups(c);
+    const States states(c, p.HS / groups);
+    for (int64_t group = 0; group < groups; ++group) {
+        const Heads heads = heads_of_group(p.HO, groups, group);
+        forward_states(c, states, heads_of_group(p.HS, groups, group), last_kk, last_kv);
+        SolveArgs args = solve_args(c, Solve::forward, states, heads, rows_of(q, p.HO, p.K), max_cg_iterations, cg_tol);
+        if (x.defined()) args.x = rows_of(x, p.HO, p.K);
+        args.out = rows_of(o, p.HO, p.V);
+        args.steps = data_or_null<int>(steps);
+        args.bound = data_or_null<float>(bound);
+        if (refines) args.hard_rows = static_cast<HardRows*>(hard_rows.data_ptr());
+        C10_CUDA_CHECK(launch_solve(args, c.stream));
+        if (refines) refine(c, states, heads, q, x, o, args.hard_rows, max_cg_iterations);
+    }
     return wanted({without_padding(o, p.V), solution ? without_padding(x, p.K) : Tensor(), end_kk, end_kv, steps,
                    bound});
 }
@@ -351,65 +390,68 @@ std::vector<Tensor> chunk_backward(
     const Tensor d_o = with_padded_rows(grad_o), x = with_padded_rows(x_);
     const OptionalTensor start_kk = contiguous(dh_kk_final), start_kv = contiguous(dh_kv_final);
     const auto f32 = c.float_options();
-    const int heads = static_cast<int>(p.HO);
+    const Rows do_rows = rows_of(d_o, p.HO, p.V), x_rows = rows_of(x, p.HO, p.K);
 
-    const States states(c, p.HS);
-    forward_states(c, states, nullptr, nullptr);
-
-    // w = (H + Lambda)^-1 G do. With a head of q for every output head, dq is w in q's dtype.
-    const Tensor w = empty_padded({p.B, p.T, p.HO, p.K}, f32);
-    const Rows do_rows = rows_of(d_o, heads, p.V), x_rows = rows_of(x, heads, p.K), w_rows = rows_of(w, heads, p.K);
-    const Tensor from_start = at::empty({p.B, p.T, p.HO}, f32);
+    // With a head of q for every output head, dq is w in q's dtype. Grouped heads: every output head makes its own
+    // gradients, in float32, which are then added up.
+    const int64_t groups = head_groups(c);
     const bool own_dq = p.HO == p.HQ && q.scalar_type() != at::kFloat;
+    const Tensor w = empty_padded({p.B, p.T, own_dq ? p.HO / groups : p.HO, p.K}, f32);
     const Tensor dq = own_dq ? empty_padded({p.B, p.T, p.HO, p.K}, q.options()) : w;
-    SolveArgs args = solve_args(c, Solve::adjoint, states, do_rows, max_cg_iterations, cg_tol);
-    args.x = w_rows;
-    if (own_dq) args.rounded = rows_of(dq, heads, p.K);
-    args.forward_x = x_rows;
-    args.from_start = from_start.data_ptr<float>();
-    C10_CUDA_CHECK(launch_solve(args, c.stream));
-
-    // The adjoints take the place of the states, which nobody needs any more, unless output heads share these.
-    const States adjoints = p.HO == p.HS ? states : States(c, p.HO);
-    const Tensor overlaps = at::empty({c.problem.slots() * p.HO * overlap_parts(c.problem)}, f32);
-
-    const Tensor end_kk = if_wanted(h_kk.has_value(), {p.N, p.HO, p.K, p.K}, f32);
-    const Tensor end_kv = if_wanted(h_kv.has_value(), {p.N, p.HO, p.K, p.V}, f32);
-    const SegmentSums segments(c, heads);
-    C10_CUDA_CHECK(launch_chunk_states({c.problem,
-                                        x_rows,
-                                        {do_rows, w_rows},
-                                        c.gates(heads),
-                                        data_or_null<float>(start_kv),
-                                        data_or_null<float>(start_kk),
-                                        data_or_null<float>(end_kv),
-                                        data_or_null<float>(end_kk),
-                                        adjoints.view(heads),
-                                        heads,
-                                        static_cast<int>(p.outputs_per_state()),
-                                        true,
-                                        segments.sums_data(),
-                                        segments.decays_data(),
-                                        nullptr,
-                                        nullptr,
-                                        states.view(heads),
-                                        overlaps.data_ptr<float>()},
-                                       c.stream));
-
-    // Grouped heads: every output head makes its own gradients, in float32, which are then added up.
-    const auto own = [&](int64_t group_heads) { return p.HO == group_heads ? q.options() : f32; };
+    const auto own = [&](int64_t shared_heads) { return p.HO == shared_heads ? q.options() : f32; };
     const Tensor dk = empty_padded({p.B, p.T, p.HO, p.K}, own(p.HK)),
                  dv = empty_padded({p.B, p.T, p.HO, p.V}, own(p.HS));
     const Tensor dg = at::empty({p.B, p.T, p.HO}, f32), dbeta = at::empty({p.B, p.T, p.HO}, f32);
     const std::vector<int64_t> dlamb_shape = {c.problem.slots(), p.HO, p.K};
     const Tensor dlamb =
         cu_seqlens ? at::zeros(dlamb_shape, f32) : at::empty(dlamb_shape, f32);  // packed: some slots are not in use
-    C10_CUDA_CHECK(
-        launch_grad({c.problem, x_rows, w_rows, do_rows, c.k_rows(heads), c.v_rows(heads), c.gates(heads),
-                     adjoints.view(heads), from_start.const_data_ptr<float>(), overlaps.const_data_ptr<float>(),
-                     rows_of(dk, heads, p.K), rows_of(dv, heads, p.V), dg.data_ptr<float>(), dbeta.data_ptr<float>(),
-                     dlamb.data_ptr<float>(), heads},
-                    c.stream));
+    const Tensor end_kk = if_wanted(h_kk.has_value(), {p.N, p.HO, p.K, p.K}, f32);
+    const Tensor end_kv = if_wanted(h_kv.has_value(), {p.N, p.HO, p.K, p.V}, f32);
+    const Tensor from_start = at::empty({p.B, p.T, p.HO}, f32);
+    const Tensor overlaps = at::empty({c.problem.slots() * p.HO * overlap_parts(c.problem)}, f32);
+
+    const States states(c, p.HS / groups);
+    // The adjoints take the place of the states, which nobody needs any more, unless output heads share these.
+    const States adjoints = p.HO == p.HS ? states : States(c, p.HO / groups);
+    for (int64_t group = 0; group < groups; ++group) {
+        const Heads heads = heads_of_group(p.HO, groups, group);
+        const Rows w_rows = own_dq ? rows_of_group(w, heads, p.K) : rows_of(w, p.HO, p.K);
+        forward_states(c, states, heads_of_group(p.HS, groups, group), nullptr, nullptr);
+
+        SolveArgs args = solve_args(c, Solve::adjoint, states, heads, do_rows, max_cg_iterations, cg_tol);
+        args.x = w_rows;
+        if (own_dq) args.rounded = rows_of(dq, p.HO, p.K);
+        args.forward_x = x_rows;
+        args.from_start = from_start.data_ptr<float>();
+        C10_CUDA_CHECK(launch_solve(args, c.stream));
+
+        const SegmentSums segments(c, heads.count);
+        C10_CUDA_CHECK(launch_chunk_states({c.problem,
+                                            x_rows,
+                                            {do_rows, w_rows},
+                                            c.gates(p.HO),
+                                            data_or_null<float>(start_kv),
+                                            data_or_null<float>(start_kk),
+                                            data_or_null<float>(end_kv),
+                                            data_or_null<float>(end_kk),
+                                            adjoints.view(heads),
+                                            heads,
+                                            static_cast<int>(p.outputs_per_state()),
+                                            true,
+                                            segments.sums_data(),
+                                            segments.decays_data(),
+                                            nullptr,
+                                            nullptr,
+                                            states.view(heads),
+                                            overlaps.data_ptr<float>()},
+                                           c.stream));
+
+        C10_CUDA_CHECK(launch_grad(
+            {c.problem, x_rows, w_rows, do_rows, c.k_rows(p.HO), c.v_rows(p.HO), c.gates(p.HO), adjoints.view(heads),
+             from_start.const_data_ptr<float>(), overlaps.const_data_ptr<float>(), rows_of(dk, p.HO, p.K),
+             rows_of(dv, p.HO, p.V), dg.data_ptr<float>(), dbeta.data_ptr<float>(), dlamb.data_ptr<float>(), heads},
+            c.stream));
+    }
 
     return wanted({sum_groups(without_padding(dq, p.K), 2, p.HQ, p.dtype),
                    sum_groups(without_padding(dk, p.K), 2, p.HK, p.dtype),

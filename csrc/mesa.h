@@ -57,6 +57,14 @@ struct Problem {
 // else is in the batch.
 constexpr int kSegmentChunks = 64;
 
+// A kernel's heads: of all that its arrays have, those that it works on. The states' memory is only for these.
+struct Heads {
+    int all, first, count;
+
+    Heads(int heads = 0) : all(heads), first(0), count(heads) {}
+    Heads(int all_, int first_, int count_) : all(all_), first(first_), count(count_) {}
+};
+
 struct Gates {
     const float* g;     // [B, T, heads / group] natural logarithm of the decay
     const float* beta;  // [B, T, heads / group]
@@ -71,7 +79,8 @@ struct SplitStates {
     __half* panels;
     float* scales;
     int heads;  // of the arrays
-    int group;  // a kernel's head h uses head h / group
+    int group;  // a kernel's head h uses head h / group - first
+    int first = 0;
 };
 
 inline int tiles(int width) { return (width + kChunk - 1) / kChunk; }
@@ -100,11 +109,11 @@ struct StateArgs {
     float* end_kv;          // [N, heads, K, V] or null
     float* end_kk;          // [N, heads, K, K] or null; transposed when reverse
     SplitStates states;
-    int heads;
+    Heads heads;
     int start_group;  // only heads with h % start_group == 0 take the start
     bool reverse;
-    float* segment_sums;    // [segments, heads, segment_sum_size] where problem.segmented(), for the kernels' own use
-    float* segment_decays;  // [segments, heads] likewise
+    float* segment_sums;    // [segments, heads.count, segment_sum_size] where problem.segmented(), for the kernels' own use
+    float* segment_decays;  // [segments, heads.count] likewise
     const float* lamb;      // [heads, K] } with this the kernel fills in what the solver will want (not reverse)
     LambPair* lamb_pairs;   // [heads, K / 2 padded to a multiple of 32 (with ones)], or null
     // Reverse: the states before the chunks (they may lie in `states`, and are overwritten then), and each chunk's
@@ -140,7 +149,7 @@ struct SolveArgs {
     float* from_start;  // adjoint: [B, T, heads] e^{gc} forward_x' (G do - H x), of the state before each chunk
     int* steps;    // [B, T, heads] or null
     float* bound;  // [B, T, heads] or null
-    int heads;
+    Heads heads;
     int max_iterations;
     float tolerance;
     HardRows* hard_rows;  // [slots, heads] with float32 keys: written (forward) or read (correction), else null
@@ -165,7 +174,7 @@ struct RefineArgs {
     Rows x;
     Rows correction;  // in: of x; out: of launch_residuals, with zeros in the other rows of such chunks
     Rows out;
-    int heads;
+    Heads heads;
 };
 cudaError_t launch_residuals(const RefineArgs&, cudaStream_t);
 cudaError_t launch_refined(const RefineArgs&, cudaStream_t);
@@ -182,7 +191,7 @@ struct GradArgs {
     float* dg;             // [B, T, heads]
     float* dbeta;          // [B, T, heads]
     float* dlamb;          // [slots, heads, K], one addend per chunk
-    int heads;
+    Heads heads;
 };
 cudaError_t launch_grad(const GradArgs&, cudaStream_t);
 

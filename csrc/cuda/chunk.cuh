@@ -367,7 +367,7 @@ __device__ __forceinline__ void convert_staged_rows(float* staged, DType dtype) 
 // Index of a column tile in `scales`; times twice the row tiles, of its first panel.
 __device__ __forceinline__ int64_t state_tile(const SplitStates& s, int64_t slot, int head, int column_tiles,
                                               int tile) {
-    return (slot * s.heads + head / s.group) * column_tiles + tile;
+    return (slot * s.heads + head / s.group - s.first) * column_tiles + tile;
 }
 
 // Copies panels as they lie; complete after ptx::cp_async_wait and a barrier.

@@ -33,9 +33,10 @@ enum class Kind {
     piece,        // T tokens, from a state that may be none to one that may be none
 };
 
-// Heads of a query group that are read out together; in a piece there are too few registers for more than one.
-template <Kind kind>
-constexpr int kQueries = kind == Kind::piece ? 1 : 4;
+// Heads of a query group that are read out together; in a piece, and in the many small blocks of narrow heads, there
+// are too few registers for more than one.
+template <int KP, Kind kind>
+constexpr int kQueries = kind == Kind::piece || KP == 32 ? 1 : 4;
 
 template <int KP, Kind kind>
 struct alignas(16) Shared {
@@ -48,7 +49,7 @@ struct alignas(16) Shared {
     float z[KP];
     // Of these, warps read only the elements of their own rows: no barrier needed.
     float direction[KP];
-    float x[kQueries<kind>][KP];
+    float x[kQueries<KP, kind>][KP];
     float pAp[kWarps<KP>], rz[kWarps<KP>];  // shares of the dot products
     float decay, beta;                      // behind the arrays, which are read up to four numbers at a time
 };
@@ -126,7 +127,10 @@ __device__ __forceinline__ void store_state_row(float* to, const float (&v)[N], 
 
 // Blocks on a multiprocessor, as many as registers (128 a thread in a piece) and shared memory allow.
 template <int KP, Kind kind>
-constexpr int kBlocks = kind == Kind::piece || KP == 128 ? 256 / KP : KP == 64 ? 5 : 12;
+constexpr int kBlocks = kind == Kind::piece || KP == 128 ? 256 / KP
+                        : KP == 64                       ? 5
+                        : kind == Kind::packed_step      ? 14
+                                                         : 16;
 
 template <int KP, bool Aligned, Kind kind>
 __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
@@ -134,7 +138,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
     constexpr bool Piece = kind == Kind::piece, Packed = kind == Kind::packed_step;
     constexpr int kCols = KP / 32, kBlockThreads = kWarps<KP> * 32, kPitch = kMaxValues<KP>;
     constexpr int kSharers = 32 / kRows;  // lanes to an element of the warp's own rows
-    constexpr int kTogether = kQueries<kind>;
+    constexpr int kTogether = kQueries<KP, kind>;
     __shared__ Shared<KP, kind> shared;
     auto& sm = *ptx::opaque_shared(&shared);
     MESA_DYNAMIC_SHARED(dynamic_shared);
@@ -274,6 +278,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
     // of a warp together.
     const auto read_out = [&](auto batch, int t, int first, int count, bool last) {
         constexpr int kBatch = decltype(batch)::value;
+        const int v_col = ptx::opaque(lane) * 4;  // made anew, not kept over the solve
         if constexpr (Aligned) ptx::cp_async_wait<0>();
         __syncwarp();
         float* const stage = stage_of_thread();
@@ -371,7 +376,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
                 p[e] = r * inverse[e];
                 rz = fmaf(r, p[e], rz);
             }
-            float r_own = q_own * scale.up, p_own = r_own * inverse_own, x_own = 0.f;
+            float r_own = q_own * scale.up, p_own = r_own * sm.inverse[own], x_own = 0.f;
             CgRow<float> row(warp_sum(rz));
             for (int step = 0; step < a.max_iterations && row.active(); ++step) {
                 // A p: lamb p is left to the warp that owns the element.
@@ -405,7 +410,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
                 const float alpha = row.alpha(sum_shares(sm.pAp));
                 x_own = fmaf(alpha, p_own, x_own);
                 r_own = fmaf(-alpha, ap_own, r_own);
-                const float z_own = r_own * inverse_own;
+                const float z_own = r_own * sm.inverse[own];
                 if (lane < kRows) sm.z[own] = z_own;
                 float rz_share = r_own * z_own;
 #pragma unroll
@@ -431,7 +436,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
         const bool last = first + kTogether >= queries;
         if (last && t + 1 == tokens) {
             // A copy of its own, since H's registers are free here.
-            read_out(std::integral_constant<int, 8>(), t, first, count, true);
+            read_out(std::integral_constant<int, KP == 32 ? 4 : 8>(), t, first, count, true);
             return;
         }
         read_out(std::integral_constant<int, Piece ? 4 : 2>(), t, first, count, false);
@@ -453,8 +458,7 @@ cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
                         : step   ? decode_kernel<KP, Aligned, Kind::step>
                                  : decode_kernel<KP, Aligned, Kind::piece>;
     if (a.packed && !step) return cudaErrorInvalidValue;
-    return launch(kernel, a, int64_t(a.B) * a.HS, KP * kMaxValues<KP> * sizeof(float), stream,
-                  kWarps<KP> * 32);
+    return launch(kernel, a, int64_t(a.B) * a.HS, KP * kMaxValues<KP> * sizeof(float), stream, kWarps<KP> * 32);
 }
 
 template <int KP>

@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     MESA_DYNAMIC_SHARED(shared_bytes);
     auto& sm = *reinterpret_cast<Shared<KTiles, Terms>*>(shared_bytes);
     const int thread_lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_row = warp * 16;
-    const int64_t slot = blockIdx.x / a.heads;
-    const int head = blockIdx.x % a.heads;
+    const int64_t slot = blockIdx.x / a.heads.count;
+    const int head = a.heads.first + blockIdx.x % a.heads.count;
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
     const int v_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = v_tiles + KTiles;
@@ -135,11 +135,11 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     ptx::prefetch_l2(a.adjoints.scales + ds_place);
     store_gates(sm.gates, gates);
     if (threadIdx.x < kChunk) {
-        const int64_t at = (chunk.batch * a.problem.T + chunk.token + threadIdx.x) * a.heads + head;
+        const int64_t at = (chunk.batch * a.problem.T + chunk.token + threadIdx.x) * a.heads.all + head;
         sm.from_start[threadIdx.x] = int(threadIdx.x) < chunk.length ? a.from_start[at] : 0.f;
     } else if (threadIdx.x < kChunk + 32) {
         const int i = threadIdx.x - kChunk, parts = column_tiles * KTiles * 4;
-        sm.overlaps[i] = i < parts ? a.overlaps[(slot * a.heads + head) * parts + i] : 0.f;
+        sm.overlaps[i] = i < parts ? a.overlaps[(slot * a.heads.all + head) * parts + i] : 0.f;
     }
     ptx::cp_async_wait<3>();
     convert_rows<KTiles, 2>(sm.x, sm.x_scale, a.x.dtype, 4);
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         if (ct + 1 < column_tiles) fetch_outputs(ct + 1);
         const int column = threadIdx.x;
         if (!is_v && column < kChunk && col0 + column < a.problem.K)
-            a.dlamb[(slot * a.heads + head) * a.problem.K + col0 + column] = column_total(sm.w_x, column);
+            a.dlamb[(slot * a.heads.all + head) * a.problem.K + col0 + column] = column_total(sm.w_x, column);
 #pragma unroll
         for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const float end = quad_sum(to_end[half]), dbeta = end + inside[half];
         if (lane % 4 == 0) {
             sm.to_end[t] = sm.gates.beta[t] * end;
-            if (t < chunk.length) a.dbeta[(chunk.batch * a.problem.T + chunk.token + t) * a.heads + head] = dbeta;
+            if (t < chunk.length) a.dbeta[(chunk.batch * a.problem.T + chunk.token + t) * a.heads.all + head] = dbeta;
         }
     }
     {
@@ -426,14 +426,14 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             if (t + i < chunk.length)
-                a.dg[(chunk.batch * a.problem.T + chunk.token + t + i) * a.heads + head] =
+                a.dg[(chunk.batch * a.problem.T + chunk.token + t + i) * a.heads.all + head] =
                     everywhere + (sum[i] + column_total(sm.crossing, t + i));
     }
 }
 
 template <Isa isa, int KTiles, int Terms>
 cudaError_t launch_kernel(const GradArgs& a, cudaStream_t stream) {
-    return launch(grad_kernel<isa, KTiles, Terms>, a, a.problem.slots() * a.heads, sizeof(Shared<KTiles, Terms>),
+    return launch(grad_kernel<isa, KTiles, Terms>, a, a.problem.slots() * a.heads.count, sizeof(Shared<KTiles, Terms>),
                   stream);
 }
 

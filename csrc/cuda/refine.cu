@@ -67,11 +67,12 @@ __global__ void __launch_bounds__(kThreads, 2) walk_kernel(const __grid_constant
     const int K = a.problem.K, width = values.width;
     const int column_tiles = (width + kChunk - 1) / kChunk;
     const int tile_col = blockIdx.x % column_tiles * kChunk;
-    const int head = (blockIdx.x / column_tiles) % a.heads, n = blockIdx.x / column_tiles / a.heads;
+    const int head = a.heads.first + (blockIdx.x / column_tiles) % a.heads.count;
+    const int n = blockIdx.x / column_tiles / a.heads.count;
     const int state_head = head / a.gates.group;
     const Sequence sequence = find_sequence(a.problem, n, kChunk);
-    const HardRows* const flags = a.hard_rows + sequence.first_slot * a.heads + head;
-    const int chunks = chunks_to_walk(sm, flags, a.heads, sequence.length);
+    const HardRows* const flags = a.hard_rows + sequence.first_slot * a.heads.all + head;
+    const int chunks = chunks_to_walk(sm, flags, a.heads.all, sequence.length);
     if (chunks == 0) return;
     const auto gate_at = [&](int64_t token) {
         return (sequence.batch * a.problem.T + sequence.token + token) * a.gates.heads + state_head;
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2) walk_kernel(const __grid_constant
     for (int64_t first = 0; first < end; first += kTokens) {
         const Chunk chunk = chunk_of(sequence, first / kChunk);
         const int first_token = static_cast<int>(first % kChunk), tokens = min(kTokens, chunk.length - first_token);
-        const HardRows rows = rows_to_refine(flags[first / kChunk * a.heads]);
+        const HardRows rows = rows_to_refine(flags[first / kChunk * a.heads.all]);
         const auto refines = [&](int t) { return (rows >> (first_token + t) & 1) != 0; };
 
         __syncthreads();  // what was staged before has been read
@@ -165,10 +166,11 @@ __global__ void __launch_bounds__(kThreads, 2) walk_kernel(const __grid_constant
 
 // x += correction. After the read-out, whose blocks all read x.
 __global__ void __launch_bounds__(kThreads) add_correction_kernel(const __grid_constant__ RefineArgs a) {
-    const int head = blockIdx.x % a.heads, lane = threadIdx.x % 32;
-    const Chunk chunk = find_chunk(a.problem, blockIdx.x / a.heads);
+    const int64_t slot = blockIdx.x / a.heads.count;
+    const int head = a.heads.first + blockIdx.x % a.heads.count, lane = threadIdx.x % 32;
+    const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
-    const HardRows rows = rows_to_refine(a.hard_rows[blockIdx.x]);
+    const HardRows rows = rows_to_refine(a.hard_rows[slot * a.heads.all + head]);
     if (rows == 0) return;
     float* const x = static_cast<float*>(a.x.data) + row_offset(a.x, chunk, 0, head);
     const float* const correction = static_cast<const float*>(a.correction.data) +
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(kThreads) add_correction_kernel(const __grid_c
 template <Product product>
 cudaError_t launch_walk(const RefineArgs& a, cudaStream_t stream) {
     const int width = product == Product::residual ? a.problem.K : a.problem.V;
-    const int64_t blocks = int64_t(a.problem.N) * a.heads * tiles(width);
+    const int64_t blocks = int64_t(a.problem.N) * a.heads.count * tiles(width);
     if (tiles(a.problem.K) == 1) return launch(walk_kernel<product, 1>, a, blocks, sizeof(Shared<1>), stream);
     return launch(walk_kernel<product, 2>, a, blocks, sizeof(Shared<2>), stream);
 }
@@ -195,7 +197,7 @@ cudaError_t launch_residuals(const RefineArgs& a, cudaStream_t stream) {
 cudaError_t launch_refined(const RefineArgs& a, cudaStream_t stream) {
     const cudaError_t status = launch_walk<Product::read_out>(a, stream);
     if (status != cudaSuccess) return status;
-    return launch(add_correction_kernel, a, a.problem.slots() * a.heads, 0, stream);
+    return launch(add_correction_kernel, a, a.problem.slots() * a.heads.count, 0, stream);
 }
 
 }  // namespace mesa

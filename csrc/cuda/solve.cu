@@ -113,12 +113,12 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     auto& sm = *reinterpret_cast<SharedMemory*>(shared_bytes);
     __builtin_assume(threadIdx.x < kThreads);  // or the ends of loops over threads would need registers throughout
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t slot = blockIdx.x / a.heads;
-    const int head = blockIdx.x % a.heads;
+    const int64_t slot = blockIdx.x / a.heads.count;
+    const int head = a.heads.first + blockIdx.x % a.heads.count;
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
     constexpr bool kFindsHard = kind == Solve::forward && KeyTerms == 2;
-    if (kind == Solve::correction && a.hard_rows[blockIdx.x] == 0) return;
+    if (kind == Solve::correction && a.hard_rows[slot * a.heads.all + head] == 0) return;
 
     // Loads: everything is asked for at once, the tokens first; the state comes while they are worked on. The right-
     // hand side waits in x's place, the keys' row scales (they go into beta, the weight of score (i, j)) in that of the
@@ -176,11 +176,11 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         for (int half = 0; half < 2; ++half) {
             const int t = first_row + acc_row(lane, half);
             if (lane % 4 == 0 && t < chunk.length)
-                a.from_start[(chunk.batch * a.problem.T + chunk.token + t) * a.heads + head] = x_from_start[half];
+                a.from_start[(chunk.batch * a.problem.T + chunk.token + t) * a.heads.all + head] = x_from_start[half];
         }
         __syncthreads();  // G has been used
         const int64_t place_again =  // to be found anew rather than kept
-            state_tile(a.states, ptx::opaque(blockIdx.x) / a.heads, head, column_tiles, value_tiles);
+            state_tile(a.states, ptx::opaque(blockIdx.x) / a.heads.count, head, column_tiles, value_tiles);
         copy_panels_async<KTiles * KTiles * 2>(sm.h, a.states.panels + place_again * KTiles * 2 * kPanel);
         ptx::cp_async_commit();
         if (threadIdx.x < kChunk) sm.key_scale[threadIdx.x] = scales[threadIdx.x].second();
@@ -474,8 +474,9 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     // Where this thread is and where its results go is found anew rather than kept through the steps.
     const unsigned block = blockIdx.x ^ zero_for_next, thread = threadIdx.x ^ zero_for_next;
     const int end_lane = thread % 32, end_first_row = thread / 32 * 16;
-    const int to_head = block % a.heads;
-    const Chunk to_write = find_chunk(a.problem, block / a.heads);
+    const int64_t to_slot = block / a.heads.count;
+    const int to_head = a.heads.first + block % a.heads.count;
+    const Chunk to_write = find_chunk(a.problem, to_slot);
     const float rhs_scale_of[2] = {scales_of_row(own_scales, 0, end_lane).rhs(),
                                    scales_of_row(own_scales, 1, end_lane).rhs()};
     Acc x[KTiles];
@@ -493,7 +494,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     }
     if (end_lane % 4 < 2) {
         const int t = end_first_row + acc_row(end_lane, end_lane & 1);
-        const int64_t out = (to_write.batch * a.problem.T + to_write.token + t) * a.heads + to_head;
+        const int64_t out = (to_write.batch * a.problem.T + to_write.token + t) * a.heads.all + to_head;
         if (a.steps && t < to_write.length) a.steps[out] = row.steps();
         if (a.bound && t < to_write.length) a.bound[out] = sqrtf(row.bound_squared());
     }
@@ -502,7 +503,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         const bool own_hard = step_range.hard() && row.bound_squared() <= a.tolerance * a.tolerance;
         const bool hard = __shfl_sync(0xffffffffu, own_hard, end_lane % 8 * 4 + end_lane / 8 % 2);
         const uint32_t rows = __ballot_sync(0xffffffffu, hard);
-        if (end_lane == 0) reinterpret_cast<uint16_t*>(a.hard_rows + block)[thread / 32] = static_cast<uint16_t>(rows);
+        if (end_lane == 0) reinterpret_cast<uint16_t*>(a.hard_rows + to_slot * a.heads.all + to_head)[thread / 32] = static_cast<uint16_t>(rows);
     }
 
     if constexpr (kind == Solve::adjoint) {
@@ -535,14 +536,14 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
             }
             sum = quad_sum(sum) * (x_scale[half] * (start_weight[t] * scales_of_row(own_scales, half, end_lane).mu()));
             if (end_lane % 4 == 0 && t < to_write.length)
-                a.from_start[(to_write.batch * a.problem.T + to_write.token + t) * a.heads + to_head] -= sum;
+                a.from_start[(to_write.batch * a.problem.T + to_write.token + t) * a.heads.all + to_head] -= sum;
         }
     }
 
     if constexpr (kind == Solve::forward) {
         // V comes in the place of x and G in that of H, while X K' is worked on.
         const int out_tiles = (a.problem.V + kChunk - 1) / kChunk;
-        const int64_t g_place = state_tile(a.states, block / a.heads, to_head, out_tiles + KTiles, 0);
+        const int64_t g_place = state_tile(a.states, to_slot, to_head, out_tiles + KTiles, 0);
         __syncthreads();  // all steps have been taken
         fetch_rows<kMaxVTiles, KeyTerms>(sm.values, a.values, to_write, to_head, 0);
         ptx::cp_async_commit();
@@ -617,7 +618,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
 
 template <Isa isa, int KTiles, int KeyTerms, Solve kind>
 cudaError_t launch_solver(const SolveArgs& a, cudaStream_t stream) {
-    return launch(solve_kernel<isa, KTiles, KeyTerms, kind>, a, a.problem.slots() * a.heads,
+    return launch(solve_kernel<isa, KTiles, KeyTerms, kind>, a, a.problem.slots() * a.heads.count,
                   sizeof(Shared<KTiles, KeyTerms, kind>), stream);
 }
 

@@ -261,7 +261,7 @@ __device__ __forceinline__ int64_t state_offset(int K, int width, int row, int c
 // A thread's 32 numbers of a segment's sum; the order within a tile is the blocks' own affair.
 __device__ __forceinline__ float4* segment_part(const StateArgs& a, int64_t segment, int head, int column_tiles,
                                                 int tile) {
-    const int64_t place = (segment * a.heads + head) * column_tiles + tile;
+    const int64_t place = (segment * a.heads.count + head - a.heads.first) * column_tiles + tile;
     return reinterpret_cast<float4*>(a.segment_sums) + place * 8 * blockDim.x + threadIdx.x;
 }
 
@@ -290,8 +290,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     const int row_tile = warp / 4, first_row = warp % 4 * 16;  // of this warp's 16 rows
     const int value_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = value_tiles + KTiles;
     const int tile = blockIdx.x % column_tiles;
-    const int head = (blockIdx.x / column_tiles) % a.heads;
-    const int64_t segment = blockIdx.x / column_tiles / a.heads;
+    const int head = a.heads.first + (blockIdx.x / column_tiles) % a.heads.count;
+    const int64_t segment = blockIdx.x / column_tiles / a.heads.count;
 
     // This segment's chunks, [first, end) in the order of time, and its place in the order of the walk.
     const int segment_tokens = a.problem.segment_chunks * kChunk;
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     }
     const float* start = source ? a.start_kk : a.start_kv;
     if (is_first && start && head % a.start_group == 0) {
-        start += (int64_t(n) * (a.heads / a.start_group) + head / a.start_group) * K * width;
+        start += (int64_t(n) * (a.heads.all / a.start_group) + head / a.start_group) * K * width;
 #pragma unroll
         for (int i = 0; i < 8; ++i)
 #pragma unroll
@@ -399,7 +399,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         before_places = -a.before.heads * column_tiles;
         before_panel =
             a.before.panels + (before_place * KTiles + row_tile) * 2 * kPanel + first_row * kChunk + lane * 8;
-        overlap = a.overlaps + (((sequence.first_slot + first_index) * a.heads + head) * column_tiles + tile) * kWarps +
+        overlap = a.overlaps + (((sequence.first_slot + first_index) * a.heads.all + head) * column_tiles + tile) * kWarps +
                   warp;
     }
 
@@ -469,7 +469,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
 #pragma unroll
             for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
             if (lane == 0) *overlap = sum * pow2_inverse(sm.state_scale) * sm.before_scale;
-            overlap -= a.heads * column_tiles * kWarps;
+            overlap -= a.heads.all * column_tiles * kWarps;
             before_panel += int64_t(before_places) * (KTiles * 2 * kPanel);
             if (step + 1 < steps)  // a line of the next for every lane
                 ptx::prefetch_l2(before_panel - own * 8 + own / 16 * kPanel + own % 16 * kChunk);
@@ -531,11 +531,11 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
 #pragma unroll
         for (int i = 0; i < 8; ++i) part[i * kBlock] = {state.c[i][0], state.c[i][1], state.c[i][2], state.c[i][3]};
         if (tile == 0 && threadIdx.x == 0)
-            a.segment_decays[segment * a.heads + head] = ptx::exp2_approx(segment_log_decay);
+            a.segment_decays[segment * a.heads.count + head - a.heads.first] = ptx::exp2_approx(segment_log_decay);
     } else {
         float* to = source ? a.end_kk : a.end_kv;
         if (!to || !is_last) return;
-        to += (int64_t(n) * a.heads + head) * K * width;
+        to += (int64_t(n) * a.heads.all + head) * K * width;
 #pragma unroll
         for (int i = 0; i < 8; ++i)
 #pragma unroll
@@ -549,15 +549,15 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
 
 // The state before a segment takes the place of the segment's sum; one thread for four numbers of a sequence and head.
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ StateArgs a) {
-    const int blocks = gridDim.x / (a.problem.N * a.heads), size = blocks * kThreads;  // of a segment and head
+    const int blocks = gridDim.x / (a.problem.N * a.heads.count), size = blocks * kThreads;  // of a segment and head
     const int part = blockIdx.x % blocks * kThreads + threadIdx.x;
-    const int head = (blockIdx.x / blocks) % a.heads, n = blockIdx.x / blocks / a.heads;
+    const int head = (blockIdx.x / blocks) % a.heads.count, n = blockIdx.x / blocks / a.heads.count;  // of those at hand
     const int segment_tokens = a.problem.segment_chunks * kChunk;
     const Sequence sequence = find_sequence(a.problem, n, segment_tokens);
     const int64_t segments = (sequence.length + segment_tokens - 1) / segment_tokens;
     float4 state = {0.f, 0.f, 0.f, 0.f};
     for (int64_t i = 0; i < segments; ++i) {
-        const int64_t place = (sequence.first_slot + (a.reverse ? segments - 1 - i : i)) * a.heads + head;
+        const int64_t place = (sequence.first_slot + (a.reverse ? segments - 1 - i : i)) * a.heads.count + head;
         float4& at = reinterpret_cast<float4*>(a.segment_sums)[place * size + part];
         if (i + 1 == segments) {  // whose sum nobody needs
             at = state;
@@ -572,12 +572,12 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
 }
 
 int64_t combine_blocks(const StateArgs& a) {
-    return a.problem.N * a.heads * (segment_sum_size(a.problem) / 4 / kThreads);
+    return a.problem.N * a.heads.count * (segment_sum_size(a.problem) / 4 / kThreads);
 }
 
 template <Isa isa, int KTiles, int KeyTerms>
 cudaError_t launch_states(const StateArgs& a, cudaStream_t stream) {
-    const int64_t blocks = a.problem.segments() * a.heads * (tiles(a.problem.V) + KTiles);
+    const int64_t blocks = a.problem.segments() * a.heads.count * (tiles(a.problem.V) + KTiles);
     const size_t shared = sizeof(Shared<KTiles, KeyTerms>);
     const int threads = KTiles * kThreads;
     if (a.problem.segmented()) {

@@ -283,10 +283,12 @@ Results reference(const Inputs& in) {
 
 // ---- the kernels ---------------------------------------------------------------------------------------------------
 
-// Which kernels, and how long the segments of the states are.
+// Which kernels, how long the segments of the states are, and how many groups of heads are worked on one after the
+// other.
 struct Variant {
     bool hopper;
     int segment_chunks = kSegmentChunks;
+    int head_groups = 1;
 };
 
 // All device arrays of one forward and backward pass, and its launches.
@@ -308,6 +310,7 @@ struct Pass {
     bool with_states;
     int max_iterations;
     float tolerance;
+    int head_groups, head_group = 0;  // how many, and the one at hand
 
     // Rounds q, k, v and d_o of `in` to its dtype.
     Pass(Inputs& in, int max_iterations, float tolerance, Variant variant)
@@ -328,7 +331,7 @@ struct Pass {
           dh_kk(size_t(in.sequences()) * H * in.K * in.K), dh_kv(size_t(in.sequences()) * H * in.K * in.V),
           bound(dg.count), steps(dg.count), rounded(dq.data.count), hard_rows(slots(in) * H),
           correction(in.B, in.T, H, in.K), with_states(!in.h_kk.empty()), max_iterations(max_iterations),
-          tolerance(tolerance) {
+          tolerance(tolerance), head_groups(variant.head_groups) {
         if (bounds.count) problem.cu_seqlens = bounds.data;
         check(cudaMemset(dlamb.data, 0, dlamb.count * sizeof(float)), "cudaMemset");  // slots may be unused
     }
@@ -346,24 +349,33 @@ struct Pass {
     Rows keys() const { return grouped(k.rows); }
     Rows values() const { return grouped(v.rows); }
     Gates gates() const { return {g.data, beta.data, HS, H / HS}; }
-    SplitStates states() const { return {state_panels.data, state_scales.data, HS, H / HS}; }
+    Heads heads_at_hand(int all) const {
+        return {all, all / head_groups * head_group, all / head_groups};
+    }
+    // Every group's states in the same place.
+    SplitStates states_of(const Array<__half>& panels, const Array<float>& scales, int all, int group) const {
+        const Heads heads = heads_at_hand(all);
+        return {panels.data, scales.data, heads.count, group, heads.first};
+    }
+    SplitStates states() const { return states_of(state_panels, state_scales, HS, H / HS); }
     SplitStates adjoints() const {
         if (H == HS) return states();  // in their place
-        return {adjoint_panels.data, adjoint_scales.data, H, 1};
+        return states_of(adjoint_panels, adjoint_scales, H, 1);
     }
 
     void chunk_states() const {
         check(launch_chunk_states({problem, k.rows, {v.rows, k.rows}, {g.data, beta.data, HS, 1},
                                    with_states ? start_kv.data : nullptr, with_states ? start_kk.data : nullptr,
-                                   end_kv.data, end_kk.data, {state_panels.data, state_scales.data, HS, 1}, HS, 1,
-                                   false, segment_sums.data, segment_decays.data, lamb.data, lamb_pairs.data, {},
+                                   end_kv.data, end_kk.data, states_of(state_panels, state_scales, HS, 1),
+                                   heads_at_hand(HS), 1, false, segment_sums.data, segment_decays.data, lamb.data, lamb_pairs.data, {},
                                    nullptr},
                                   nullptr), "chunk states");
     }
     SolveArgs solve_args(Solve kind, const Rows& rhs, const Rows& to) const {
         SolveArgs args{};
         args.problem = problem, args.kind = kind, args.rhs = rhs, args.keys = keys(), args.values = values();
-        args.gates = gates(), args.lamb = lamb_pairs.data, args.states = states(), args.x = to, args.heads = H;
+        args.gates = gates(), args.lamb = lamb_pairs.data, args.states = states(), args.x = to;
+        args.heads = heads_at_hand(H);
         args.max_iterations = max_iterations, args.tolerance = tolerance;
         return args;
     }
@@ -377,7 +389,7 @@ struct Pass {
     void refine() const {
         const RefineArgs args{problem, q.rows, keys(), values(), gates(), lamb_pairs.data,
                               with_states ? start_kv.data : nullptr, with_states ? start_kk.data : nullptr,
-                              hard_rows.data, x.rows, correction.rows, o.rows, H};
+                              hard_rows.data, x.rows, correction.rows, o.rows, heads_at_hand(H)};
         check(launch_residuals(args, nullptr), "residuals");
         SolveArgs corrected = solve_args(Solve::correction, correction.rows, correction.rows);
         corrected.tolerance = kCorrectionTolerance, corrected.hard_rows = hard_rows.data;
@@ -396,14 +408,14 @@ struct Pass {
     }
     void adjoint_states() const {
         check(launch_chunk_states({problem, x.rows, {d_o.rows, dq.rows}, gates(), with_states ? end_dkv.data : nullptr,
-                                   with_states ? end_dkk.data : nullptr, dh_kv.data, dh_kk.data, adjoints(), H, H / HS,
-                                   true, segment_sums.data, segment_decays.data, nullptr, nullptr, states(),
+                                   with_states ? end_dkk.data : nullptr, dh_kv.data, dh_kk.data, adjoints(), heads_at_hand(H),
+                                   H / HS, true, segment_sums.data, segment_decays.data, nullptr, nullptr, states(),
                                    overlaps.data},
                                   nullptr), "adjoint states");
     }
     void gradients() const {
         check(launch_grad({problem, x.rows, dq.rows, d_o.rows, keys(), values(), gates(), adjoints(),
-                           from_start.data, overlaps.data, dk.rows, dv.rows, dg.data, dbeta.data, dlamb.data, H},
+                           from_start.data, overlaps.data, dk.rows, dv.rows, dg.data, dbeta.data, dlamb.data, heads_at_hand(H)},
                           nullptr),
               "grad");
     }
@@ -431,8 +443,9 @@ struct Pass {
         {"solve (backward)", &Pass::solve_backward}, {"adjoint states", &Pass::adjoint_states},
         {"gradients", &Pass::gradients}};
 
-    Results run() const {
-        for (const Stage& stage : stages) (this->*stage.launch)();
+    Results run() {
+        for (head_group = 0; head_group < head_groups; ++head_group)
+            for (const Stage& stage : stages) (this->*stage.launch)();
         check(cudaDeviceSynchronize(), "the kernels");
         Vec dlamb_sum(size_t(H) * problem.K);
         const Vec addends = dlamb.doubles();
@@ -476,12 +489,13 @@ const char* name(DType d) { return d == DType::f16 ? "f16" : d == DType::bf16 ? 
 bool test_chunks(Variant variant, int B, int64_t T, int H, int K, int V, DType dtype, std::vector<int64_t> bounds,
                  int group = 1) {
     Inputs in(B, T, H, K, V, dtype, std::move(bounds), group);
-    const Pass pass(in, 50, 1e-5f, variant);
+    Pass pass(in, 50, 1e-5f, variant);
     const Results a = pass.run();
     const Results e = reference(in);  // after Pass has rounded the inputs
     const std::string title = std::string(variant.hopper ? "hopper " : "") + name(dtype) + " B=" + std::to_string(B) +
                               " T=" + std::to_string(T) + " K=" + std::to_string(K) + " V=" + std::to_string(V) +
                               (in.bounds.empty() ? "" : " packed") + (group == 1 ? "" : " groups") +
+                              (variant.head_groups == 1 ? "" : " heads apart") +
                               (Pass::shape(in, variant.segment_chunks).segmented() ? " segments" : "");
     if (!pass.rounded_is_dq()) std::printf("dq in bf16 is not dq rounded\n");
     return pass.rounded_is_dq() & report(title,
@@ -729,6 +743,8 @@ bool test() {
             ok &= test_chunks({hopper, 1}, 1, 300, 1, 70, 30, dtype, {});
             ok &= test_chunks({hopper, 2}, 1, 700, 1, 16, 16, dtype, {0, 10, 330, 330, 700});
             ok &= test_chunks({hopper, 1}, 2, 150, 6, 37, 70, dtype, {}, 3);
+            ok &= test_chunks({hopper, 1, 2}, 1, 150, 4, 70, 37, dtype, {0, 20, 150});
+            ok &= test_chunks({hopper, kSegmentChunks, 2}, 2, 100, 4, 16, 64, dtype, {}, 2);
         }
         if (dtype == DType::f32) {
             ok &= test_hard_rows(128, 128, {});
