@@ -5,7 +5,7 @@
     python bench/gpu_report.py --run --parts tests,sanitizer   # some of it; the rest of the report stays
 
 Parts: tests, sanitizer, fla (with --fla-tests path/to/fla's/tests/ops/test_mesa.py), accuracy, accuracy_long, and the
-benchmarks kernels, decode, chunk_30_steps and chunk.
+benchmarks kernels, decode, chunk_30_steps, little_memory and chunk.
 """
 
 import argparse
@@ -156,6 +156,15 @@ def run_chunk_30_steps(args):
     return json_of("bench_chunk.py", "--shapes", "8x2048x16x128", "--steps", 30, "--no-peers")
 
 
+def run_little_memory(args):
+    def of(mebibytes):
+        return json_of(
+            "bench_chunk.py", "--shapes", "8x2048x16x128", "--no-peers", MESA_EXT_STATE_MEMORY=str(mebibytes)
+        )
+
+    return {f"{mebibytes} MiB": of(mebibytes) for mebibytes in (256, 128)}
+
+
 def run_decode(args):
     return json_of("bench_decode.py")
 
@@ -187,6 +196,7 @@ PARTS = {
     "kernels": run_kernels,
     "decode": run_decode,
     "chunk_30_steps": run_chunk_30_steps,
+    "little_memory": run_little_memory,
     "chunk": run_chunk,
     "accuracy_long": run_accuracy_long,
 }

@@ -1,5 +1,7 @@
 """What compute-sanitizer runs (see gpu_report.py): forward, backward, decode and short pieces on tiny shapes."""
 
+import os
+
 import torch
 from common import kernel_paths, using_kernels
 
@@ -53,6 +55,7 @@ def run(dtype, K, V, T, q_heads, k_heads, heads, bounds, steps=4, spread=None):
 
 
 def main():
+    os.environ["MESA_EXT_STATE_MEMORY"] = "0"  # heads one after the other, in the same memory
     for kernels in kernel_paths("cuda"):
         with using_kernels(kernels):
             for case in CASES:

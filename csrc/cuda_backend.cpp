@@ -126,27 +126,29 @@ struct Call {
     at::TensorOptions float_options() const { return g.options(); }
 };
 
-// The states are by far the largest tensor. So that memory is needed for some of them only, the heads are worked on in
-// groups, one after the other, each from its states to its results: as many groups as leave enough work for every
-// kernel and as there are worth it. No head's result depends on the others.
-#ifndef MESA_EXT_SMALL_GROUPS
-constexpr int64_t kGroupStrips = 256;       // 64 x 64 tiles of the states that are made side by side
-constexpr int64_t kGroupBytes = 64 << 20;  // of a group's states
-#else  // in the emulator, where nothing is large
-constexpr int64_t kGroupStrips = 1, kGroupBytes = 1;
-#endif
+// The states are by far the largest tensor. Where they would take more than MESA_EXT_STATE_MEMORY (in MiB), the heads are
+// worked on in groups, one after the other, each from its states to its results, in the same memory. No head's result
+// depends on the others. The default is what keeps a multiprocessor busy for long enough to make groups cost little.
+constexpr int64_t kStateMemory = 1024;
+
+int64_t state_memory() {
+    const char* const asked = std::getenv("MESA_EXT_STATE_MEMORY");
+    if (!asked || !*asked) return kStateMemory << 20;
+    char* end = nullptr;
+    const long long mebibytes = std::strtoll(asked, &end, 10);
+    TORCH_CHECK(*end == 0 && mebibytes >= 0 && mebibytes < 1 << 30,
+                "MESA_EXT_STATE_MEMORY must be a number of MiB, got '", asked, "'");
+    return static_cast<int64_t>(mebibytes) << 20;
+}
 
 int64_t state_bytes(const Call& c, int64_t heads) {
     return c.problem.slots() * heads * split_state_panels(c.problem) * kPanel * sizeof(__half);
 }
 
 int64_t head_groups(const Call& c) {
-    const int64_t strips = c.problem.segments() * c.size.HS * split_state_panels(c.problem) / 2,
-                  bytes = state_bytes(c, c.size.HS);
+    const int64_t heads = c.size.HS, bytes = state_bytes(c, heads), most = state_memory();
     int64_t groups = 1;
-    for (int64_t more = 2; c.size.HS % more == 0 && strips >= more * kGroupStrips && bytes >= more * kGroupBytes;
-         more *= 2)
-        groups = more;
+    while (groups < heads && (heads % groups != 0 || bytes / groups > most)) ++groups;
     return groups;
 }
 

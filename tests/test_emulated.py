@@ -71,9 +71,11 @@ def check(operators, inputs, gradients):
     assert 0 < result["steps"].min() and (result["bound"].max() <= solver[1] or result["steps"].max() == solver[0])
 
 
+@pytest.mark.parametrize("memory", ["1024", "0"], ids=["heads together", "heads apart"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
-def test_values_and_gradients(operators, kernels, dtype, shape):
+def test_values_and_gradients(operators, kernels, monkeypatch, dtype, shape, memory):
+    monkeypatch.setenv("MESA_EXT_STATE_MEMORY", memory)
     inputs = draw("random", "cpu", dtype, **shape)
     check(operators, inputs, output_gradients(inputs, state=True))
 
@@ -86,6 +88,12 @@ def test_every_regime(operators, kernels, dtype, regime, scale):
         pytest.skip("float16 does not hold such gradients or their results")
     inputs = draw(regime, "cpu", dtype, heads=1, T=70, context=4096)
     check(operators, inputs, output_gradients(inputs, scale=scale))
+
+
+def test_bad_memory(operators, monkeypatch):
+    monkeypatch.setenv("MESA_EXT_STATE_MEMORY", "1 GB")
+    with pytest.raises(RuntimeError, match="MESA_EXT_STATE_MEMORY.*1 GB"):
+        operators.chunk_forward(*arguments(draw("random", "cpu", torch.bfloat16, T=9, K=8, V=8)), 30, 1e-3)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, True), (True, True, False), (False, False, False)], ids=str)

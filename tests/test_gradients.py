@@ -11,7 +11,7 @@ from tests.regimes import (
     REGIMES,
     assert_close,
     bar_for,
-    bar_for_few,
+    bar_for_gates,
     draw,
     dtypes,
     evaluate,
@@ -84,7 +84,7 @@ def test_against_the_reference(device, data):
         cg_tol={2: 1e-5, 4: 1e-7, 8: None}[inputs.q.dtype.itemsize],
     )
     expected = evaluate(mesa_reference, inputs, gradients, wide=True)
-    assert_close(ours, {name: expected[name] for name in ours}, bar_for_few(inputs, expected, gradients[0]))
+    assert_close(ours, {name: expected[name] for name in ours}, bar_for_gates(inputs, expected, gradients[0]))
 
 
 @pytest.mark.parametrize("heads", [(1, 1, 1), (4, 1, 2), (1, 1, 2)], ids=str)

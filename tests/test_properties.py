@@ -164,6 +164,26 @@ def test_packed_equals_separate_beyond_a_segment():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [None, [70, 0, 4200]], ids=["batch", "packed"])
+@pytest.mark.parametrize("heads", [4, (4, 1, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_groups_of_heads_change_nothing(dtype, heads, lengths, monkeypatch):
+    """With little memory for the states the heads are worked on in groups, and a group needs less memory."""
+    inputs = draw("random", "cuda", dtype, B=2, T=700, heads=heads, K=128, V=64, context=10, lengths=lengths)
+    gradients = output_gradients(inputs, state=True)
+    results, peaks = [], []
+    for memory in ("1024", "8", "0"):
+        monkeypatch.setenv("MESA_EXT_STATE_MEMORY", memory)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results.append(attend(inputs, gradients))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert_bitwise(results[1], results[0])
+    assert_bitwise(results[2], results[0])
+    assert peaks[2] < peaks[0]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("regime", REGIMES)
 def test_both_sets_of_kernels(regime, monkeypatch):
     """The portable ones and Hopper's are right, and agree about the number of steps to within the rounding of a bound."""
