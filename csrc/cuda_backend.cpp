@@ -126,9 +126,10 @@ struct Call {
     at::TensorOptions float_options() const { return g.options(); }
 };
 
-// The states are by far the largest tensor. Where they would take more than MESA_EXT_STATE_MEMORY (in MiB), the heads are
-// worked on in groups, one after the other, each from its states to its results, in the same memory. No head's result
-// depends on the others. The default is what keeps a multiprocessor busy for long enough to make groups cost little.
+// The states are by far the largest tensor. Where they would take more than MESA_EXT_STATE_MEMORY (in MiB), the heads
+// are worked on in groups, one after the other, each from its states to its results, in the same memory. No head's
+// result depends on the others. The default leaves so much work for a launch that its last blocks, which do not fill
+// the card, hardly count.
 constexpr int64_t kStateMemory = 1024;
 
 int64_t state_memory() {

@@ -112,8 +112,8 @@ struct StateArgs {
     Heads heads;
     int start_group;  // only heads with h % start_group == 0 take the start
     bool reverse;
-    float* segment_sums;    // [segments, heads.count, segment_sum_size] where problem.segmented(), for the kernels' own use
-    float* segment_decays;  // [segments, heads.count] likewise
+    float* segment_sums;    // [segments, heads.count, segment_sum_size] } where problem.segmented(), for the kernels'
+    float* segment_decays;  // [segments, heads.count]                   } own use
     const float* lamb;      // [heads, K] } with this the kernel fills in what the solver will want (not reverse)
     LambPair* lamb_pairs;   // [heads, K / 2 padded to a multiple of 32 (with ones)], or null
     // Reverse: the states before the chunks (they may lie in `states`, and are overwritten then), and each chunk's

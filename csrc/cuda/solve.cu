@@ -503,7 +503,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         const bool own_hard = step_range.hard() && row.bound_squared() <= a.tolerance * a.tolerance;
         const bool hard = __shfl_sync(0xffffffffu, own_hard, end_lane % 8 * 4 + end_lane / 8 % 2);
         const uint32_t rows = __ballot_sync(0xffffffffu, hard);
-        if (end_lane == 0) reinterpret_cast<uint16_t*>(a.hard_rows + to_slot * a.heads.all + to_head)[thread / 32] = static_cast<uint16_t>(rows);
+        HardRows* const to = a.hard_rows + to_slot * a.heads.all + to_head;
+        if (end_lane == 0) reinterpret_cast<uint16_t*>(to)[thread / 32] = static_cast<uint16_t>(rows);
     }
 
     if constexpr (kind == Solve::adjoint) {

@@ -399,8 +399,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         before_places = -a.before.heads * column_tiles;
         before_panel =
             a.before.panels + (before_place * KTiles + row_tile) * 2 * kPanel + first_row * kChunk + lane * 8;
-        overlap = a.overlaps + (((sequence.first_slot + first_index) * a.heads.all + head) * column_tiles + tile) * kWarps +
-                  warp;
+        const int64_t chunk_and_head = (sequence.first_slot + first_index) * a.heads.all + head;
+        overlap = a.overlaps + (chunk_and_head * column_tiles + tile) * kWarps + warp;
     }
 
     // The second half of a step is for what the next one needs.
@@ -551,7 +551,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ StateArgs a) {
     const int blocks = gridDim.x / (a.problem.N * a.heads.count), size = blocks * kThreads;  // of a segment and head
     const int part = blockIdx.x % blocks * kThreads + threadIdx.x;
-    const int head = (blockIdx.x / blocks) % a.heads.count, n = blockIdx.x / blocks / a.heads.count;  // of those at hand
+    const int head = (blockIdx.x / blocks) % a.heads.count;  // of those that are worked on
+    const int n = blockIdx.x / blocks / a.heads.count;
     const int segment_tokens = a.problem.segment_chunks * kChunk;
     const Sequence sequence = find_sequence(a.problem, n, segment_tokens);
     const int64_t segments = (sequence.length + segment_tokens - 1) / segment_tokens;

@@ -367,8 +367,8 @@ struct Pass {
         check(launch_chunk_states({problem, k.rows, {v.rows, k.rows}, {g.data, beta.data, HS, 1},
                                    with_states ? start_kv.data : nullptr, with_states ? start_kk.data : nullptr,
                                    end_kv.data, end_kk.data, states_of(state_panels, state_scales, HS, 1),
-                                   heads_at_hand(HS), 1, false, segment_sums.data, segment_decays.data, lamb.data, lamb_pairs.data, {},
-                                   nullptr},
+                                   heads_at_hand(HS), 1, false, segment_sums.data, segment_decays.data, lamb.data,
+                                   lamb_pairs.data, {}, nullptr},
                                   nullptr), "chunk states");
     }
     SolveArgs solve_args(Solve kind, const Rows& rhs, const Rows& to) const {
@@ -408,14 +408,15 @@ struct Pass {
     }
     void adjoint_states() const {
         check(launch_chunk_states({problem, x.rows, {d_o.rows, dq.rows}, gates(), with_states ? end_dkv.data : nullptr,
-                                   with_states ? end_dkk.data : nullptr, dh_kv.data, dh_kk.data, adjoints(), heads_at_hand(H),
-                                   H / HS, true, segment_sums.data, segment_decays.data, nullptr, nullptr, states(),
-                                   overlaps.data},
+                                   with_states ? end_dkk.data : nullptr, dh_kv.data, dh_kk.data, adjoints(),
+                                   heads_at_hand(H), H / HS, true, segment_sums.data, segment_decays.data, nullptr,
+                                   nullptr, states(), overlaps.data},
                                   nullptr), "adjoint states");
     }
     void gradients() const {
         check(launch_grad({problem, x.rows, dq.rows, d_o.rows, keys(), values(), gates(), adjoints(),
-                           from_start.data, overlaps.data, dk.rows, dv.rows, dg.data, dbeta.data, dlamb.data, heads_at_hand(H)},
+                           from_start.data, overlaps.data, dk.rows, dv.rows, dg.data, dbeta.data, dlamb.data,
+                           heads_at_hand(H)},
                           nullptr),
               "grad");
     }
