@@ -240,7 +240,7 @@ def bar_for_gates(inputs: Inputs, expected: dict[str, Tensor], do: Tensor) -> Ca
     in a few tokens or a few columns: there the bar is twice what such errors of x and w do to it, and of fewer than 16
     numbers, where chance has more room, eight times. (In 1200 draws in the emulator 56 of 2100 so small tensors were
     past the plain bar, up to 1.5e-1, and the worst took 0.6 of this one. Of 2576 larger ones 6 were, and of 2912 at
-    width 1 30, up to 2.4e-2; the worst took 0.4 of this one.)
+    width 1 30, one of them at 2.4e-2; the worst took 0.4 of this one.)
     """
     bar = bar_for(inputs)
     gates = {name for name in ("dg", "dbeta") if name in expected and expected[name].numel()}

@@ -71,11 +71,9 @@ def check(operators, inputs, gradients):
     assert 0 < result["steps"].min() and (result["bound"].max() <= solver[1] or result["steps"].max() == solver[0])
 
 
-@pytest.mark.parametrize("memory", ["1024", "0"], ids=["heads together", "heads apart"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
-def test_values_and_gradients(operators, kernels, monkeypatch, dtype, shape, memory):
-    monkeypatch.setenv("MESA_EXT_STATE_MEMORY", memory)
+def test_values_and_gradients(operators, kernels, dtype, shape):
     inputs = draw("random", "cpu", dtype, **shape)
     check(operators, inputs, output_gradients(inputs, state=True))
 
@@ -88,6 +86,23 @@ def test_every_regime(operators, kernels, dtype, regime, scale):
         pytest.skip("float16 does not hold such gradients or their results")
     inputs = draw(regime, "cpu", dtype, heads=1, T=70, context=4096)
     check(operators, inputs, output_gradients(inputs, scale=scale))
+
+
+@pytest.mark.parametrize("regime", ["random", "corr .9, Wk"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_groups_of_heads_change_nothing(operators, kernels, monkeypatch, dtype, shape, regime):
+    """The same bits with one group of heads and with as many as there are; in float32 of rows to be refined, too."""
+    inputs = draw(regime, "cpu", dtype, **shape | dict(context=3000 if regime != "random" else 10))
+    results = []
+    for memory in ("1024", "0"):
+        monkeypatch.setenv("MESA_EXT_STATE_MEMORY", memory)
+        result = operators.chunk_forward(*arguments(inputs), solver_steps(dtype), 1e-5)
+        gradients = output_gradients(inputs, state=True)
+        results.append(
+            [*result, *operators.chunk_backward(*gradients, *arguments(inputs), result[1], solver_steps(dtype), 1e-5)]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_bad_memory(operators, monkeypatch):
