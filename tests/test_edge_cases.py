@@ -98,6 +98,18 @@ def test_zeros(device, dtype, name):
         assert (info.steps[:, 20:50] == 0).all() and (info.error_bound[:, 20:50] == 0).all()
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-4, 1e9])
+def test_any_size_of_the_system(device, dtype, size):
+    """x is as much larger as the system is smaller; and where the output has no gradient."""
+    inputs = draw("random", device, dtype, T=150, K=16, V=16, context=10)
+    for a in (inputs.beta, inputs.lamb, *inputs.initial_state):
+        a *= size
+    (do,) = output_gradients(inputs)
+    do[..., :8] = do[:, 20:50] = 0
+    results = evaluate(mesa_attention, inputs, (do,), max_cg_iterations=solver_steps(dtype))
+    assert_accurate(inputs, results, (do,))
+
+
 def test_a_reset_forgets_everything(device, dtype):
     inputs = draw("random", device, dtype, T=150, K=16, V=8, context=50)
     for position in (0, 37, 64, 100, 101):

@@ -88,6 +88,18 @@ def test_every_regime(operators, kernels, dtype, regime, scale):
     check(operators, inputs, output_gradients(inputs, scale=scale))
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+@pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
+def test_any_size_of_the_system(operators, kernels, dtype, size):
+    """As in test_edge_cases.py: x is as much larger as the system is smaller, and some outputs have no gradient."""
+    inputs = draw("random", "cpu", dtype, T=150, K=16, V=16, context=10)
+    for a in (inputs.beta, inputs.lamb, *inputs.initial_state):
+        a *= size
+    (do,) = output_gradients(inputs)
+    do[..., :8] = do[:, 20:50] = 0
+    check(operators, inputs, (do,))
+
+
 @pytest.mark.parametrize("regime", ["random", "corr .9, Wk"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
