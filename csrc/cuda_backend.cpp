@@ -412,6 +412,7 @@ std::vector<Tensor> chunk_backward(
     const Tensor end_kv = if_wanted(h_kv.has_value(), {p.N, p.HO, p.K, p.V}, f32);
     const Tensor from_start = at::empty({p.B, p.T, p.HO}, f32);
     const Tensor overlaps = at::empty({c.problem.slots() * p.HO * overlap_parts(c.problem)}, f32);
+    const Tensor crossings = at::empty({c.problem.slots() * p.HO, sizeof(Crossings) / sizeof(float)}, f32);
 
     const States states(c, p.HS / groups);
     // The adjoints take the place of the states, which nobody needs any more, unless output heads share these.
@@ -451,8 +452,9 @@ std::vector<Tensor> chunk_backward(
 
         C10_CUDA_CHECK(launch_grad(
             {c.problem, x_rows, w_rows, do_rows, c.k_rows(p.HO), c.v_rows(p.HO), c.gates(p.HO), adjoints.view(heads),
-             from_start.const_data_ptr<float>(), overlaps.const_data_ptr<float>(), rows_of(dk, p.HO, p.K),
-             rows_of(dv, p.HO, p.V), dg.data_ptr<float>(), dbeta.data_ptr<float>(), dlamb.data_ptr<float>(), heads},
+             from_start.const_data_ptr<float>(), overlaps.const_data_ptr<float>(),
+             reinterpret_cast<Crossings*>(crossings.data_ptr<float>()), rows_of(dk, p.HO, p.K), rows_of(dv, p.HO, p.V),
+             dg.data_ptr<float>(), dbeta.data_ptr<float>(), dlamb.data_ptr<float>(), heads},
             c.stream));
     }
 

@@ -83,7 +83,7 @@ struct SplitStates {
     int first = 0;
 };
 
-inline int tiles(int width) { return (width + kChunk - 1) / kChunk; }
+__host__ __device__ inline int tiles(int width) { return (width + kChunk - 1) / kChunk; }
 inline int64_t split_state_panels(const Problem& p) {  // panels of one slot and head
     return int64_t(tiles(p.V) + tiles(p.K)) * tiles(p.K) * 2;
 }
@@ -116,13 +116,20 @@ struct StateArgs {
     float* segment_decays;  // [segments, heads.count]                   } own use
     const float* lamb;      // [heads, K] } with this the kernel fills in what the solver will want (not reverse)
     LambPair* lamb_pairs;   // [heads, K / 2 padded to a multiple of 32 (with ones)], or null
-    // Reverse: the states before the chunks (they may lie in `states`, and are overwritten then), and each chunk's
-    // <adjoint, state> in overlap_parts() addends [slots, heads, parts], or null.
+    // Reverse: the states before the chunks (they may lie in `states`, and are overwritten then), and <adjoint, state>
+    // of the chunks that meets_state() names, in overlap_parts() addends [slots, heads, parts], or null.
     SplitStates before;
     float* overlaps;
 };
 // Addends of one chunk and head's <adjoint, state>: one of each warp of each column tile, at most 32.
-inline int overlap_parts(const Problem& p) { return (tiles(p.V) + tiles(p.K)) * tiles(p.K) * 4; }
+__host__ __device__ inline int overlap_parts(const Problem& p) { return (tiles(p.V) + tiles(p.K)) * tiles(p.K) * 4; }
+// Whether <adjoint, state> is made for chunk `index` of a sequence of so many chunks. The kernel that makes adjoints
+// takes 40 % longer where it reads the states too. So with 16-bit inputs it is made for every eighth chunk and the last
+// one, from which those of the others follow (grad.cu).
+constexpr int kOverlapDistance = 8;
+__host__ __device__ inline bool meets_state(int64_t index, int64_t chunks, bool float32) {
+    return float32 || index % kOverlapDistance == kOverlapDistance - 1 || index == chunks - 1;
+}
 cudaError_t launch_chunk_states(const StateArgs&, cudaStream_t);
 
 using HardRows = uint64_t;  // of the rows of a chunk, bit t for row t, those that have shown a bad condition
@@ -179,6 +186,12 @@ struct RefineArgs {
 cudaError_t launch_residuals(const RefineArgs&, cudaStream_t);
 cudaError_t launch_refined(const RefineArgs&, cudaStream_t);
 
+// Of a chunk and head: dg's sums over the pairs of a key before the chunk with an output gradient in it, and of a key
+// in the chunk with an output gradient behind it; and the chunk's decay.
+struct Crossings {
+    float arriving, leaving, decay;
+};
+
 // Gradients of the linear attention with queries x, keys k, values [v | k] and output gradients [do | -w].
 struct GradArgs {
     Problem problem;
@@ -187,6 +200,7 @@ struct GradArgs {
     SplitStates adjoints;     // after each chunk
     const float* from_start;  // [B, T, heads] as the solver leaves it
     const float* overlaps;    // see StateArgs
+    Crossings* crossings;     // [slots, heads], for the kernels' own use
     Rows dk, dv;           // heads as the kernel's
     float* dg;             // [B, T, heads]
     float* dbeta;          // [B, T, heads]
@@ -216,6 +230,7 @@ struct DecodeArgs {
 };
 constexpr int kPieceTokens = 8;  // up to so many tokens the decode kernel is faster than those for chunks
 cudaError_t launch_decode(const DecodeArgs&, cudaStream_t);
+cudaError_t launch_narrow_decode(const DecodeArgs&, cudaStream_t);  // of narrow heads, for launch_decode
 
 // States after the first tokens of each sequence, as single steps would leave them: a block reads the state before the
 // sequence and walks from there.

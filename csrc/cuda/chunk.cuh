@@ -129,6 +129,11 @@ __device__ __forceinline__ void store_gates(ChunkGates& out, const GatePair& pai
 
 __device__ __forceinline__ int padded_width(const Rows& m) { return (m.width + 7) & ~7; }
 
+// Index of a token and head in arrays [B, T, heads].
+__device__ __forceinline__ int64_t token_index(const Problem& p, const Chunk& c, int token, int heads, int head) {
+    return (c.batch * p.T + c.token + token) * heads + head;
+}
+
 __device__ __forceinline__ int64_t row_offset(const Rows& m, const Chunk& c, int token, int head) {
     return c.batch * m.batch_stride + (c.token + token) * m.token_stride + (head / m.group) * m.head_stride;
 }

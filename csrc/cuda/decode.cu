@@ -1,9 +1,10 @@
 // decode: one token for every sequence, or a piece of a few, one after the other. States in fp32 are read and written
 // once, the system is solved with the same rules as in the chunked path (cg.h), and the output is read from the updated
-// G. Each token is computed as in a call of its own, so that a piece gives, bit for bit, what single steps do.
+// G. Each token is computed as in a call of its own, so that a piece gives, bit for bit, what single steps do. Narrow
+// heads have a kernel of their own (decode_narrow.cu).
 //
 // One block owns a sequence and state head. All that it reads is asked for at once: H comes to registers, a warp
-// holding 16 rows, a lane the same KP / 32 columns of each (so a block has 8, 4 or 2 warps); G comes to shared memory
+// holding 16 rows, a lane the same KP / 32 columns of each (so a block has 8 or 4 warps); G comes to shared memory
 // while the system is being solved, every thread fetching what it will use itself. So the memory has work while the
 // warps compute. In a piece both stay where they are from token to token.
 //
@@ -24,8 +25,6 @@ constexpr int kRows = 16;  // of H and G to a warp
 
 template <int KP>
 constexpr int kWarps = KP / kRows;
-template <int KP>
-constexpr int kMaxValues = KP < 64 ? 64 : kMaxWidth;  // no more than threads
 
 enum class Kind {
     step,         // one token in place
@@ -33,23 +32,22 @@ enum class Kind {
     piece,        // T tokens, from a state that may be none to one that may be none
 };
 
-// Heads of a query group that are read out together; in a piece, and in the many small blocks of narrow heads, there
-// are too few registers for more than one.
-template <int KP, Kind kind>
-constexpr int kQueries = kind == Kind::piece || KP == 32 ? 1 : 4;
+// Heads of a query group that are read out together; in a piece there are too few registers for more than one.
+template <Kind kind>
+constexpr int kQueries = kind == Kind::piece ? 1 : 4;
 
 template <int KP, Kind kind>
 struct alignas(16) Shared {
     // Every warp's share of a sum over all rows. Padded, so that a warp reads its columns of two shares at once from
     // different banks.
     float partial[2][kWarps<KP>][kMaxWidth + 4];
-    float k[KP], v[kMaxValues<KP>];
+    float k[KP], v[kMaxWidth];
     float q[2][KP];     // of one query and the next
     float inverse[KP];  // of lamb
     float z[KP];
     // Of these, warps read only the elements of their own rows: no barrier needed.
     float direction[KP];
-    float x[kQueries<KP, kind>][KP];
+    float x[kQueries<kind>][KP];
     float pAp[kWarps<KP>], rz[kWarps<KP>];  // shares of the dot products
     float decay, beta;                      // behind the arrays, which are read up to four numbers at a time
 };
@@ -69,33 +67,29 @@ __device__ __forceinline__ float warp_max(float v) {
 // N neighbouring elements, at a multiple of their size.
 template <int N>
 __device__ __forceinline__ void load_vector(float (&v)[N], const float* from) {
-    static_assert(N == 1 || N == 2 || N == 4);
+    static_assert(N == 2 || N == 4);
     if constexpr (N == 4) {
         const float4 f = *reinterpret_cast<const float4*>(from);
         v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
-    } else if constexpr (N == 2) {
+    } else {
         const float2 f = *reinterpret_cast<const float2*>(from);
         v[0] = f.x, v[1] = f.y;
-    } else {
-        v[0] = *from;
     }
 }
 
 template <int N>
 __device__ __forceinline__ void store_vector(float* to, const float (&v)[N]) {
-    static_assert(N == 1 || N == 2 || N == 4);
+    static_assert(N == 2 || N == 4);
     if constexpr (N == 4) *reinterpret_cast<float4*>(to) = {v[0], v[1], v[2], v[3]};
-    else if constexpr (N == 2) *reinterpret_cast<float2*>(to) = {v[0], v[1]};
-    else *to = v[0];
+    else *reinterpret_cast<float2*>(to) = {v[0], v[1]};
 }
 
 // The sum of every warp's share, in the same order for all.
 template <int N>
 __device__ __forceinline__ float sum_shares(const float (&shares)[N]) {
-    constexpr int kPart = N < 4 ? N : 4;
     float sum[N];
 #pragma unroll
-    for (int i = 0; i < N; i += kPart) load_vector(reinterpret_cast<float(&)[kPart]>(sum[i]), shares + i);
+    for (int i = 0; i < N; i += 4) load_vector(reinterpret_cast<float(&)[4]>(sum[i]), shares + i);
 #pragma unroll
     for (int half = N / 2; half; half /= 2)
 #pragma unroll
@@ -127,18 +121,15 @@ __device__ __forceinline__ void store_state_row(float* to, const float (&v)[N], 
 
 // Blocks on a multiprocessor, as many as registers (128 a thread in a piece) and shared memory allow.
 template <int KP, Kind kind>
-constexpr int kBlocks = kind == Kind::piece || KP == 128 ? 256 / KP
-                        : KP == 64                       ? 5
-                        : kind == Kind::packed_step      ? 14
-                                                         : 16;
+constexpr int kBlocks = kind == Kind::piece || KP == 128 ? 256 / KP : 5;
 
 template <int KP, bool Aligned, Kind kind>
 __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
     decode_kernel(const __grid_constant__ DecodeArgs a) {
     constexpr bool Piece = kind == Kind::piece, Packed = kind == Kind::packed_step;
-    constexpr int kCols = KP / 32, kBlockThreads = kWarps<KP> * 32, kPitch = kMaxValues<KP>;
+    constexpr int kCols = KP / 32, kBlockThreads = kWarps<KP> * 32, kPitch = kMaxWidth;
     constexpr int kSharers = 32 / kRows;  // lanes to an element of the warp's own rows
-    constexpr int kTogether = kQueries<KP, kind>;
+    constexpr int kTogether = kQueries<kind>;
     __shared__ Shared<KP, kind> shared;
     auto& sm = *ptx::opaque_shared(&shared);
     MESA_DYNAMIC_SHARED(dynamic_shared);
@@ -295,8 +286,8 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
             }
             if (first == 0) {
                 const float decay = sm.decay, beta = sm.beta;
-                float v[4] = {};
-                if (kPitch == kMaxWidth || v_col < kPitch) load_vector(v, &sm.v[v_col]);
+                float v[4];
+                load_vector(v, &sm.v[v_col]);
 #pragma unroll
                 for (int i = 0; i < kBatch; ++i) {
                     if (r + i >= g_rows) continue;
@@ -325,7 +316,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
             for (int i = 0; i < kTogether; ++i)
                 if (i == query) store_vector(&partial[warp][v_col], o[i]);
             __syncthreads();
-            static_assert(kMaxValues<KP> <= kBlockThreads);
+            static_assert(kMaxWidth <= kBlockThreads);
             if (int(threadIdx.x) < a.V) {
                 float sum = 0.f;
 #pragma unroll
@@ -345,7 +336,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
             sm.k[element] = converted(k_bits, a.k.dtype);
             sm.q[0][element] = converted(q_bits, a.q.dtype);
         }
-        if (threadIdx.x < kMaxValues<KP>) sm.v[threadIdx.x] = converted(v_bits, a.v.dtype);
+        if (threadIdx.x < kMaxWidth) sm.v[threadIdx.x] = converted(v_bits, a.v.dtype);
         if (threadIdx.x == 0) sm.decay = expf(g), sm.beta = beta;
         __syncthreads();
         if (t == 0) fetch_g();  // here, since the compiler leaves H's loads before a barrier, and not before G's
@@ -436,7 +427,7 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
         const bool last = first + kTogether >= queries;
         if (last && t + 1 == tokens) {
             // A copy of its own, since H's registers are free here.
-            read_out(std::integral_constant<int, KP == 32 ? 4 : 8>(), t, first, count, true);
+            read_out(std::integral_constant<int, 8>(), t, first, count, true);
             return;
         }
         read_out(std::integral_constant<int, Piece ? 4 : 2>(), t, first, count, false);
@@ -458,7 +449,7 @@ cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
                         : step   ? decode_kernel<KP, Aligned, Kind::step>
                                  : decode_kernel<KP, Aligned, Kind::piece>;
     if (a.packed && !step) return cudaErrorInvalidValue;
-    return launch(kernel, a, int64_t(a.B) * a.HS, KP * kMaxValues<KP> * sizeof(float), stream, kWarps<KP> * 32);
+    return launch(kernel, a, int64_t(a.B) * a.HS, KP * kMaxWidth * sizeof(float), stream, kWarps<KP> * 32);
 }
 
 template <int KP>
@@ -474,7 +465,7 @@ cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_decode(const DecodeArgs& a, cudaStream_t stream) {
-    if (a.K <= 32 && a.V <= kMaxValues<32>) return launch_decode_kernel<32>(a, stream);
+    if (a.K <= 32 && a.V <= 64) return launch_narrow_decode(a, stream);
     return a.K <= 64 ? launch_decode_kernel<64>(a, stream) : launch_decode_kernel<128>(a, stream);
 }
 

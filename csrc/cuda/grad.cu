@@ -12,6 +12,11 @@
 // sum of what crosses token t and not a difference of running totals, which would lose small gradients in large ones.
 // What of it needs S comes from elsewhere: <dS, S> from the kernel that makes dS (state.cu), and the second sum's
 // addends from dx (x' G do) and the backward solve (x' H w), which have the state at hand.
+//
+// With 16-bit inputs <dS, S> is there for every eighth chunk only. The others' e^{gc_C} <dS, S> follow, each from that
+// of the chunk behind: of what crosses the boundary between the two, all but what ends in the later one passes over
+// that one, and all but what begins in the earlier one over this one. A kernel of its own adds these to dg.
+//
 // Rows are keys: a warp owns 16 tokens j. Column tiles of 64 of [v | k] are taken one after the other, each of them
 // with its part of dS.
 #include "chunk.cuh"
@@ -32,7 +37,6 @@ struct Shared {
     float to_end[kChunk];      // beta_j rho_Cj k_j' dS v'_j
     // Sums of columns over each warp's rows: of w o x, and of what dg has inside.
     float w_x[kThreads / 32][kChunk], crossing[kThreads / 32][kChunk];
-    float overlaps[32];  // addends of <dS, S>
 };
 
 template <int Terms>
@@ -135,11 +139,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     ptx::prefetch_l2(a.adjoints.scales + ds_place);
     store_gates(sm.gates, gates);
     if (threadIdx.x < kChunk) {
-        const int64_t at = (chunk.batch * a.problem.T + chunk.token + threadIdx.x) * a.heads.all + head;
+        const int64_t at = token_index(a.problem, chunk, threadIdx.x, a.heads.all, head);
         sm.from_start[threadIdx.x] = int(threadIdx.x) < chunk.length ? a.from_start[at] : 0.f;
-    } else if (threadIdx.x < kChunk + 32) {
-        const int i = threadIdx.x - kChunk, parts = column_tiles * KTiles * 4;
-        sm.overlaps[i] = i < parts ? a.overlaps[(slot * a.heads.all + head) * parts + i] : 0.f;
     }
     ptx::cp_async_wait<3>();
     convert_rows<KTiles, 2>(sm.x, sm.x_scale, a.x.dtype, 4);
@@ -377,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const float end = quad_sum(to_end[half]), dbeta = end + inside[half];
         if (lane % 4 == 0) {
             sm.to_end[t] = sm.gates.beta[t] * end;
-            if (t < chunk.length) a.dbeta[(chunk.batch * a.problem.T + chunk.token + t) * a.heads.all + head] = dbeta;
+            if (t < chunk.length) a.dbeta[token_index(a.problem, chunk, t, a.heads.all, head)] = dbeta;
         }
     }
     {
@@ -418,23 +419,60 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const float later = __shfl_down_sync(0xffffffffu, from_here, 1);
         const float earlier = __shfl_up_sync(0xffffffffu, up_to_here, 1);
         const float behind = lane < 31 ? later : 0.f, before = lane > 0 ? earlier : 0.f;
-        float everywhere = sm.overlaps[lane];
-#pragma unroll
-        for (int d = 16; d; d /= 2) everywhere += __shfl_xor_sync(0xffffffffu, everywhere, d);
-        everywhere *= sm.gates.decay_from_start(kChunk - 1);
+        const float leaving = __shfl_sync(0xffffffffu, up_to_here, 31);
+        if (lane == 0)
+            a.crossings[slot * a.heads.all + head] = {from_here, leaving, sm.gates.decay_from_start(kChunk - 1)};
         const float sum[2] = {from_here + before, start[1] + behind + (before + sm.to_end[t])};
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             if (t + i < chunk.length)
-                a.dg[(chunk.batch * a.problem.T + chunk.token + t + i) * a.heads.all + head] =
-                    everywhere + (sum[i] + column_total(sm.crossing, t + i));
+                a.dg[token_index(a.problem, chunk, t + i, a.heads.all, head)] =
+                    sum[i] + column_total(sm.crossing, t + i);
     }
+}
+
+// Adds to dg what passes over a whole chunk. A warp's lanes are heads, and each warp has every fourth token.
+__global__ void __launch_bounds__(kThreads) passing_kernel(const __grid_constant__ GradArgs a) {
+    const int head_groups = (a.heads.count + 31) / 32, in_group = blockIdx.x % head_groups * 32 + threadIdx.x % 32;
+    const int64_t slot = blockIdx.x / head_groups;
+    const Sequence sequence = find_sequence(a.problem, sequence_at(a.problem, slot, kChunk), kChunk);
+    const int64_t index = slot - sequence.first_slot, chunks = (sequence.length + kChunk - 1) / kChunk;
+    if (index < 0 || index >= chunks || in_group >= a.heads.count) return;
+    const int head = a.heads.first + in_group;
+    const bool float32 = a.d_o.dtype == DType::f32;
+    int64_t last = index;  // which meets the state
+    while (!meets_state(last, chunks, float32)) ++last;
+    const int64_t place = slot * a.heads.all + head, last_place = place + (last - index) * a.heads.all;
+    Crossings of[kOverlapDistance];
+#pragma unroll
+    for (int i = 0; i < kOverlapDistance; ++i)
+        if (index + i <= last) of[i] = a.crossings[place + i * a.heads.all];
+    const int parts = overlap_parts(a.problem);  // a multiple of four
+    float overlap = 0.f;
+#pragma unroll 4
+    for (int i = 0; i < parts; i += 4) {
+        const float4 v = *reinterpret_cast<const float4*>(a.overlaps + last_place * parts + i);
+        overlap += (v.x + v.y) + (v.z + v.w);
+    }
+    float passing = 0.f;
+#pragma unroll
+    for (int i = kOverlapDistance - 1; i >= 0; --i) {
+        if (index + i == last) passing = of[i].decay * overlap;
+        else if (index + i < last) passing += of[i + 1].arriving - of[i].leaving;
+        if (index + i <= last && of[i].decay == 0.f) passing = 0.f;  // exactly
+    }
+    const Chunk chunk = chunk_of(sequence, index);
+#pragma unroll 4
+    for (int t = threadIdx.x / 32; t < chunk.length; t += kThreads / 32)
+        a.dg[token_index(a.problem, chunk, t, a.heads.all, head)] += passing;
 }
 
 template <Isa isa, int KTiles, int Terms>
 cudaError_t launch_kernel(const GradArgs& a, cudaStream_t stream) {
-    return launch(grad_kernel<isa, KTiles, Terms>, a, a.problem.slots() * a.heads.count, sizeof(Shared<KTiles, Terms>),
-                  stream);
+    const cudaError_t status = launch(grad_kernel<isa, KTiles, Terms>, a, a.problem.slots() * a.heads.count,
+                                      sizeof(Shared<KTiles, Terms>), stream);
+    if (status != cudaSuccess) return status;
+    return launch(passing_kernel, a, a.problem.slots() * ((a.heads.count + 31) / 32), 0, stream);
 }
 
 template <Isa isa>

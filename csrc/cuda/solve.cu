@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         for (int half = 0; half < 2; ++half) {
             const int t = first_row + acc_row(lane, half);
             if (lane % 4 == 0 && t < chunk.length)
-                a.from_start[(chunk.batch * a.problem.T + chunk.token + t) * a.heads.all + head] = x_from_start[half];
+                a.from_start[token_index(a.problem, chunk, t, a.heads.all, head)] = x_from_start[half];
         }
         __syncthreads();  // G has been used
         const int64_t place_again =  // to be found anew rather than kept
@@ -494,7 +494,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     }
     if (end_lane % 4 < 2) {
         const int t = end_first_row + acc_row(end_lane, end_lane & 1);
-        const int64_t out = (to_write.batch * a.problem.T + to_write.token + t) * a.heads.all + to_head;
+        const int64_t out = token_index(a.problem, to_write, t, a.heads.all, to_head);
         if (a.steps && t < to_write.length) a.steps[out] = row.steps();
         if (a.bound && t < to_write.length) a.bound[out] = sqrtf(row.bound_squared());
     }
@@ -537,7 +537,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
             }
             sum = quad_sum(sum) * (x_scale[half] * (start_weight[t] * scales_of_row(own_scales, half, end_lane).mu()));
             if (end_lane % 4 == 0 && t < to_write.length)
-                a.from_start[(to_write.batch * a.problem.T + to_write.token + t) * a.heads.all + to_head] -= sum;
+                a.from_start[token_index(a.problem, to_write, t, a.heads.all, to_head)] -= sum;
         }
     }
 

@@ -166,8 +166,8 @@ __device__ __forceinline__ float largest(const Raw8<dtype == DType::f32>& raw) {
 }
 
 // A warp's part of the keys or values is scaled by a power of two so that the largest magnitude lies in [2^14, 2^15):
-// what is up to 2^29 times smaller is still a normal fp16 number. Below kSmallestMax scales grow no further, which
-// leaves their product with a weight finite.
+// what is up to 2^29 times smaller is still a normal fp16 number. Numbers count as if they were at least kSmallestMax,
+// which leaves scales, and their products with the weights, finite.
 constexpr int kTarget = 14;
 constexpr float kSmallestMax = 0x1p-100f;
 
@@ -219,10 +219,10 @@ __device__ __forceinline__ void convert_values(__half* panels, float* scale, con
     constexpr int kPieces = 8 / Warps;
     Raw8<kFloat32> raw[2][kPieces];
     float weight[2];
-    float amax = kSmallestMax;
+    float amax = 0.f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        float row_max = 0.f;
+        float row_max = kSmallestMax;
 #pragma unroll
         for (int p = 0; p < kPieces; ++p) {
             raw[i][p] = raw_piece<kFloat32>(panels, i * 32 + lane, (warp * kPieces + p) * 8);
@@ -370,8 +370,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     }
 
     // Each warp has the weights of one of kWarps chunks in its registers, and hands them over when their turn comes.
-    const int64_t first_gate =
-        (sequence.batch * a.problem.T + first_chunk.token) * a.gates.heads + head / a.gates.group;
+    const int64_t first_gate = token_index(a.problem, first_chunk, 0, a.gates.heads, head / a.gates.group);
     Weights weights;
     const auto hand_over_weights = [&](int step) {
         if (step % kWarps == 0) {
@@ -390,18 +389,15 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
 
     // The same for the states that the adjoints meet.
     constexpr bool kOverlaps = pass == Pass::states && KeyTerms == 2;  // adjoints are of float32 keys
-    int64_t before_place = 0;
-    int before_places = 0;
-    const __half* before_panel = nullptr;
-    float* overlap = nullptr;
-    if (kOverlaps && a.overlaps) {
-        before_place = state_tile(a.before, sequence.first_slot + first_index, head, column_tiles, tile);
-        before_places = -a.before.heads * column_tiles;
-        before_panel =
-            a.before.panels + (before_place * KTiles + row_tile) * 2 * kPanel + first_row * kChunk + lane * 8;
-        const int64_t chunk_and_head = (sequence.first_slot + first_index) * a.heads.all + head;
-        overlap = a.overlaps + (chunk_and_head * column_tiles + tile) * kWarps + warp;
-    }
+    const auto meets = [&](int step) {
+        return kOverlaps && a.overlaps && meets_state(first_index - step, chunks, a.values[0].dtype == DType::f32);
+    };
+    const auto before_place = [&](int step) {
+        return state_tile(a.before, sequence.first_slot + first_index - step, head, column_tiles, tile);
+    };
+    const auto before_panel = [&](int step) {
+        return a.before.panels + (before_place(step) * KTiles + row_tile) * 2 * kPanel + first_row * kChunk;
+    };
 
     // The second half of a step is for what the next one needs.
     float decay = 1.f, log_decay = 0.f, key_scale = 1.f;
@@ -416,8 +412,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         if (pass == Pass::states && warp == step % kWarps && lane == 0) {  // the warps take turns
             const Pow2Scale s = scale_to(block_max(sm.state_max), 13);
             sm.state_scale = s.up;
-            if (kOverlaps && overlap)
-                sm.before_scale = a.before.scales[before_place + int64_t(before_places) * step];
+            if (meets(step)) sm.before_scale = a.before.scales[before_place(step)];
             a.states.scales[place + int64_t(places) * step] = s.down;
         }
         publish_shared<isa>();
@@ -427,17 +422,17 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     __half* panel_place =
         a.states.panels + (place * KTiles + row_tile) * 2 * kPanel + first_row * kChunk + lane * 8;
     uint4 before[2][2];  // half of this lane's part of the state that the adjoint meets
-    const auto load_before = [&](int half) {
+    const auto load_before = [&](int step, int half) {
+        const __half* const from = before_panel(step) + half * 8 * kChunk + lane * 8;
 #pragma unroll
         for (int term = 0; term < 2; ++term)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                before[term][i] =
-                    *reinterpret_cast<const uint4*>(before_panel + term * kPanel + half * 8 * kChunk + i * 32 * 8);
+                before[term][i] = *reinterpret_cast<const uint4*>(from + term * kPanel + i * 32 * 8);
     };
     const auto store_state = [&](int step) {
         const int own = ptx::opaque(lane);  // the addresses are not kept
-        const bool overlaps = kOverlaps && overlap;
+        const bool overlaps = meets(step);
         float sum = 0.f;  // this lane's part of <adjoint, state>
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -463,17 +458,18 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
                 }
                 if (overlaps) sum += dot8(pieces[0], pieces[1], before[0][i], before[1][i]);
             }
-            if (overlaps && half == 0) load_before(1);
+            if (overlaps && half == 0) load_before(step, 1);
         }
         if (overlaps) {
 #pragma unroll
             for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-            if (lane == 0) *overlap = sum * pow2_inverse(sm.state_scale) * sm.before_scale;
-            overlap -= a.heads.all * column_tiles * kWarps;
-            before_panel += int64_t(before_places) * (KTiles * 2 * kPanel);
-            if (step + 1 < steps)  // a line of the next for every lane
-                ptx::prefetch_l2(before_panel - own * 8 + own / 16 * kPanel + own % 16 * kChunk);
+            const int64_t chunk_and_head = (sequence.first_slot + first_index - step) * a.heads.all + head;
+            if (lane == 0)
+                a.overlaps[(chunk_and_head * column_tiles + tile) * kWarps + warp] =
+                    sum * pow2_inverse(sm.state_scale) * sm.before_scale;
         }
+        if (step + 1 < steps && meets(step + 1))  // a line for every lane
+            ptx::prefetch_l2(before_panel(step + 1) + own / 16 * kPanel + own % 16 * kChunk);
         panel_place += int64_t(places) * (KTiles * 2 * kPanel);
     };
 
@@ -486,7 +482,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         }
         ptx::cp_async_wait<1>();
         __syncthreads();
-        if (kOverlaps && overlap) load_before(0);
+        if (meets(0)) load_before(0, 0);
         prepare(0);
         __syncthreads();
     }
@@ -521,7 +517,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         __syncthreads();
 
         fetch(step + 2);
-        if (kOverlaps && overlap) load_before(0);
+        if (meets(step + 1)) load_before(step + 1, 0);
         prepare(step + 1);
         __syncthreads();
     }

@@ -306,6 +306,7 @@ struct Pass {
     Array<int> steps;
     Array<uint16_t> rounded;  // dq in bf16
     Array<HardRows> hard_rows;
+    Array<Crossings> crossings;
     Output correction;
     bool with_states;
     int max_iterations;
@@ -329,7 +330,7 @@ struct Pass {
           overlaps(slots(in) * H * overlap_parts(shape(in))), dlamb(slots(in) * H * in.K),
           end_kk(size_t(in.sequences()) * HS * in.K * in.K), end_kv(size_t(in.sequences()) * HS * in.K * in.V),
           dh_kk(size_t(in.sequences()) * H * in.K * in.K), dh_kv(size_t(in.sequences()) * H * in.K * in.V),
-          bound(dg.count), steps(dg.count), rounded(dq.data.count), hard_rows(slots(in) * H),
+          bound(dg.count), steps(dg.count), rounded(dq.data.count), hard_rows(slots(in) * H), crossings(slots(in) * H),
           correction(in.B, in.T, H, in.K), with_states(!in.h_kk.empty()), max_iterations(max_iterations),
           tolerance(tolerance), head_groups(variant.head_groups) {
         if (bounds.count) problem.cu_seqlens = bounds.data;
@@ -415,8 +416,8 @@ struct Pass {
     }
     void gradients() const {
         check(launch_grad({problem, x.rows, dq.rows, d_o.rows, keys(), values(), gates(), adjoints(),
-                           from_start.data, overlaps.data, dk.rows, dv.rows, dg.data, dbeta.data, dlamb.data,
-                           heads_at_hand(H)},
+                           from_start.data, overlaps.data, crossings.data, dk.rows, dv.rows, dg.data, dbeta.data,
+                           dlamb.data, heads_at_hand(H)},
                           nullptr),
               "grad");
     }
@@ -765,6 +766,9 @@ bool test() {
         ok &= test_decode(23, 64, dtype);
         ok &= test_decode(32, 65, dtype);  // wider values than the narrow kernel takes
         ok &= test_decode(16, 128, dtype, 2);
+        ok &= test_decode(16, 16, dtype, 2);
+        ok &= test_decode(15, 50, dtype);
+        ok &= test_decode(32, 32, dtype);
         ok &= test_piece(3, 128, 128, dtype);
         ok &= test_piece(4, 64, 96, dtype, 1, false);
         ok &= test_piece(3, 37, 70, dtype, 2);
