@@ -3,8 +3,9 @@
     python bench/bench_decode.py --json decode.json --plot decode.png
 
 Every replay takes eight different tokens in turn. The floor is the time to read and write both float32 states once, at
-the rate of a large copy on the same device in the same run. "pool" has the states in drawn rows of a pool of twice the
-size, "half idle" a batch of which every other row is skipped (-1).
+the rate of a large copy on the same device in the same run; "equal copy" is a copy that reads and writes as much as the
+step, launched in the same way. "pool" has the states in drawn rows of a pool of twice the size, "half idle" a batch of
+which every other row is skipped (-1).
 """
 
 import torch
@@ -74,6 +75,9 @@ def measure(B, H, D, rate, args, timer):
     row["half idle ms"] = run(lambda **token: mesa_decode_step(**token, state=pool, state_indices=half))
     row["floor ms"] = 1e3 * traffic / rate
     row["share of a copy"] = row["floor ms"] / row["ms"]
+    source = torch.randn(traffic // 8, device=args.device)
+    target = torch.empty_like(source)
+    row["equal copy ms"] = run(lambda **token: target.copy_(source))
     if timer.cuda and import_fla():
         from fla.ops.mesa_net import mesa_net_decoding_one_step
 

@@ -121,6 +121,20 @@ def test_a_reset_forgets_everything(device, dtype):
     assert_close({"o": results["o"][:, 64:100]}, {"o": fresh}, BARS[device, dtype].o)
 
 
+def test_gates_gradients_before_a_reset(device, dtype):
+    """Small ones, over many chunks, are not lost in large ones behind the reset."""
+    T, reset = 1100, 700
+    inputs = draw("random", device, dtype, T=T, K=16, V=8, context=50)
+    inputs.g[:, reset] = -torch.inf
+    (do,) = output_gradients(inputs)
+    do[:, :reset] *= 1e-3
+    do[:, reset:] *= 1e3
+    ours = evaluate(mesa_attention, inputs, (do,), max_cg_iterations=solver_steps(dtype))["dg"]
+    expected = evaluate(mesa_reference, inputs, (do,), wide=True)["dg"]
+    for part in (slice(0, reset), slice(reset + 1, T)):
+        assert relative_error(ours[:, part], expected[:, part]) <= BARS[device, dtype].gradient
+
+
 @pytest.mark.parametrize("g", [-1e-7, -1.0, -20.0, -100.0, -1e4])
 def test_any_decay(device, dtype, g):
     """exp(g) from nearly 1 to below the smallest number; products of it are never formed apart."""

@@ -431,8 +431,10 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     }
 }
 
-// Adds to dg what passes over a whole chunk. A warp's lanes are heads, and each warp has every fourth token.
-__global__ void __launch_bounds__(kThreads) passing_kernel(const __grid_constant__ GradArgs a) {
+constexpr int kPassingThreads = 256;
+
+// Adds to dg what passes over a whole chunk. A warp's lanes are heads, and each warp has every eighth token.
+__global__ void __launch_bounds__(kPassingThreads) passing_kernel(const __grid_constant__ GradArgs a) {
     const int head_groups = (a.heads.count + 31) / 32, in_group = blockIdx.x % head_groups * 32 + threadIdx.x % 32;
     const int64_t slot = blockIdx.x / head_groups;
     const Sequence sequence = find_sequence(a.problem, sequence_at(a.problem, slot, kChunk), kChunk);
@@ -440,6 +442,15 @@ __global__ void __launch_bounds__(kThreads) passing_kernel(const __grid_constant
     if (index < 0 || index >= chunks || in_group >= a.heads.count) return;
     const int head = a.heads.first + in_group;
     const bool float32 = a.d_o.dtype == DType::f32;
+    constexpr int kWarps = kPassingThreads / 32;
+    const Chunk chunk = chunk_of(sequence, index);
+    float* const dg = a.dg + token_index(a.problem, chunk, threadIdx.x / 32, a.heads.all, head);
+    const int own_tokens = (chunk.length - int(threadIdx.x) / 32 + kWarps - 1) / kWarps;
+    float before[kChunk / kWarps];
+#pragma unroll
+    for (int i = 0; i < kChunk / kWarps; ++i)
+        if (i < own_tokens) before[i] = dg[i * kWarps * a.heads.all];
+
     int64_t last = index;  // which meets the state
     while (!meets_state(last, chunks, float32)) ++last;
     const int64_t place = slot * a.heads.all + head, last_place = place + (last - index) * a.heads.all;
@@ -461,10 +472,9 @@ __global__ void __launch_bounds__(kThreads) passing_kernel(const __grid_constant
         else if (index + i < last) passing += of[i + 1].arriving - of[i].leaving;
         if (index + i <= last && of[i].decay == 0.f) passing = 0.f;  // exactly
     }
-    const Chunk chunk = chunk_of(sequence, index);
-#pragma unroll 4
-    for (int t = threadIdx.x / 32; t < chunk.length; t += kThreads / 32)
-        a.dg[token_index(a.problem, chunk, t, a.heads.all, head)] += passing;
+#pragma unroll
+    for (int i = 0; i < kChunk / kWarps; ++i)
+        if (i < own_tokens) dg[i * kWarps * a.heads.all] = before[i] + passing;
 }
 
 template <Isa isa, int KTiles, int Terms>
@@ -472,7 +482,7 @@ cudaError_t launch_kernel(const GradArgs& a, cudaStream_t stream) {
     const cudaError_t status = launch(grad_kernel<isa, KTiles, Terms>, a, a.problem.slots() * a.heads.count,
                                       sizeof(Shared<KTiles, Terms>), stream);
     if (status != cudaSuccess) return status;
-    return launch(passing_kernel, a, a.problem.slots() * ((a.heads.count + 31) / 32), 0, stream);
+    return launch(passing_kernel, a, a.problem.slots() * ((a.heads.count + 31) / 32), 0, stream, kPassingThreads);
 }
 
 template <Isa isa>
