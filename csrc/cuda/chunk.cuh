@@ -42,7 +42,8 @@ __device__ __forceinline__ Sequence find_sequence(const Problem& p, int n, int u
 
 // The last sequence whose first place is at or before `place`.
 __device__ __forceinline__ int sequence_at(const Problem& p, int64_t place, int unit) {
-    if (!p.cu_seqlens) return static_cast<int>(place / places_of_each(p, unit));
+    // In 32 bits, where division is short: blocks, and so places, are counted in 31.
+    if (!p.cu_seqlens) return static_cast<uint32_t>(place) / static_cast<uint32_t>(places_of_each(p, unit));
     int low = 0, high = p.N - 1;
     while (low < high) {
         const int mid = (low + high + 1) / 2;
@@ -138,6 +139,12 @@ __device__ __forceinline__ int64_t row_offset(const Rows& m, const Chunk& c, int
     return c.batch * m.batch_stride + (c.token + token) * m.token_stride + (head / m.group) * m.head_stride;
 }
 
+// Two neighbouring elements of 16 bits.
+__device__ __forceinline__ float2 unpack(DType dtype, uint32_t pair) {
+    return dtype == DType::f16 ? unpack(pair)
+                               : float2{__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
 // Eight neighbouring elements as they lie in memory.
 template <bool Float32>
 struct Raw8 {
@@ -154,9 +161,7 @@ __device__ __forceinline__ void convert8(float (&v)[8], const Raw8<Float32>& raw
             if constexpr (Float32) {
                 v[w * 4 + i] = __uint_as_float(words[i]);
             } else {
-                const float2 f = dtype == DType::f16
-                                     ? unpack(words[i])
-                                     : float2{__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u)};
+                const float2 f = unpack(dtype, words[i]);
                 v[i * 2] = f.x, v[i * 2 + 1] = f.y;
             }
         }
@@ -265,10 +270,33 @@ __device__ __forceinline__ void store_panel8(__half* panel, int row, int col, co
 }
 
 // Rows come into panels in two moves, so that all that a block needs can be on its way at once: fetch_rows sends them
-// by cp.async to the very places of the panels that their elements will have, convert_rows makes fp16 of them there.
+// by cp.async to the very rows of the panels that their elements will have, convert_rows makes fp16 of them there.
 // Eight neighbouring threads share a row, and a thread converts eight columns of every panel: part_column() and the
 // next.
 __device__ __forceinline__ int part_column() { return threadIdx.x % 8 * 8; }
+
+// Where a float32 row's 16-byte piece `piece` of a panel's width (0 to 15) waits: the first half of the row in that of
+// the first term, the second in that of the second. 128 bytes of memory come to 128 of shared memory, or L2 would be
+// asked for every sector twice; pieces of the second half are exchanged, so that no banks conflict where a thread reads
+// two neighbours.
+__device__ __forceinline__ int waiting_offset(int row, int piece) {
+    const int half = piece / 8;
+    return half * kPanel + panel_offset(row, (piece % 8 ^ half) * 8);
+}
+
+// Eight elements as they wait.
+template <bool Float32>
+__device__ __forceinline__ Raw8<Float32> waiting_piece(const __half* panel, int row, int col) {
+    Raw8<Float32> raw;
+    if constexpr (Float32) {
+#pragma unroll
+        for (int w = 0; w < 2; ++w)
+            raw.words[w] = *reinterpret_cast<const uint4*>(panel + waiting_offset(row, col / 4 + w));
+    } else {
+        raw.words[0] = *reinterpret_cast<const uint4*>(panel + panel_offset(row, col));
+    }
+    return raw;
+}
 
 // Columns col0 .. col0 + 64 Panels - 1 of the 64 rows of a chunk; zeros past the end and the width. float32 fills both
 // terms of its elements.
@@ -282,11 +310,11 @@ __device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const 
 #pragma unroll 1  // as in convert_rows
     for (int t = first; t < kChunk; t += kRowsAtOnce, row += step)
 #pragma unroll
-        for (int piece = 0; piece < Panels * (kChunk / kElements / 8); ++piece) {
-            const int col = (piece * 8 + part) * kElements;
+        for (int i = 0; i < Panels * (Float32 ? 2 : 1); ++i) {
+            const int col = (i * 8 + part) * kElements;
             const bool inside = t < c.length && col0 + col < m.width;
-            const int term = Float32 ? part % 2 : 0;
-            __half* const to = panels + (col / kChunk * Terms + term) * kPanel + panel_offset(t, col % kChunk & ~7);
+            __half* const to = panels + (Float32 ? i / 2 * Terms * kPanel + waiting_offset(t, i % 2 * 8 + part)
+                                                 : i * Terms * kPanel + panel_offset(t, part * 8));
             ptx::cp_async16_or_zero(to, inside ? row + col * kSize : m.data, inside);
         }
 }
@@ -303,17 +331,14 @@ __device__ __forceinline__ void convert_rows(__half* panels, const PutScale& put
         float amax = 0.f;
 #pragma unroll
         for (int i = 0; i < Panels; ++i) {
-            Raw8<Float32> raw;
-#pragma unroll
-            for (int w = 0; w < (Float32 ? 2 : 1); ++w)
-                raw.words[w] = *reinterpret_cast<const uint4*>(panels + (i * Terms + w) * kPanel +
-                                                               panel_offset(t, part_column()));
-            convert8<Float32>(v[i], raw, dtype);
+            const int col = ptx::opaque(part_column());  // or addresses would be kept from row to row
+            convert8<Float32>(v[i], waiting_piece<Float32>(panels + i * Terms * kPanel, t, col), dtype);
             amax = fmaxf(amax, max_abs(v[i]));
         }
 #pragma unroll
         for (int d = 1; d < 8; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
         const Pow2Scale s = scale_to(amax, target);
+        if constexpr (Float32) __syncwarp();  // the row has been read
 #pragma unroll
         for (int i = 0; i < Panels; ++i) store_panel8<Terms>(panels + i * Terms * kPanel, t, part_column(), v[i], s.up);
         if (threadIdx.x % 8 == 0) put_scale(t, s.down);
@@ -326,44 +351,23 @@ __device__ __forceinline__ void convert_rows(__half* panels, float* row_scale, D
         panels, [row_scale](int t, float scale) { row_scale[t] = scale; }, dtype, target);
 }
 
-// The 64 rows of a chunk as float32 [64][64 Panels] (zero past the end and the width), pieces exchanged as in panels.
+// The 64 rows of a chunk in float32 as they are, [64][64 Panels] (zero past the end and the width), pieces exchanged as
+// in panels.
 template <int Panels>
 __device__ __forceinline__ int staged_offset(int row, int col) {
     return row * (Panels * kChunk) + (col ^ ((row & 7) << 3));
 }
 
-// In two moves, too. 16-bit rows come to the first half of each eight elements' place.
-template <int Panels, bool Float32>
+template <int Panels>
 __device__ __forceinline__ void fetch_staged_rows(float* to, const Rows& m, const Chunk& c, int head) {
-    constexpr int kSize = Float32 ? 4 : 2, kElements = 16 / kSize, kPieces = Panels * kChunk / kElements;
-    constexpr int kRowsAtOnce = kThreads / kPieces;
+    constexpr int kElements = 4, kPieces = Panels * kChunk / kElements, kRowsAtOnce = kThreads / kPieces;
     const int first = threadIdx.x / kPieces, col = threadIdx.x % kPieces * kElements;
-    const char* row = static_cast<const char*>(m.data) + (row_offset(m, c, first, head) + col) * kSize;
-    const int64_t step = m.token_stride * (kRowsAtOnce * kSize);
+    const float* row = static_cast<const float*>(m.data) + row_offset(m, c, first, head) + col;
+    const int64_t step = m.token_stride * kRowsAtOnce;
 #pragma unroll 4
     for (int t = first; t < kChunk; t += kRowsAtOnce, row += step) {
         const bool inside = t < c.length && col < m.width;
-        ptx::cp_async16_or_zero(to + staged_offset<Panels>(t, col), inside ? row : m.data, inside);
-    }
-}
-
-template <int Panels>
-__device__ __forceinline__ void fetch_staged_rows(float* to, const Rows& m, const Chunk& c, int head) {
-    if (m.dtype == DType::f32) fetch_staged_rows<Panels, true>(to, m, c, head);
-    else fetch_staged_rows<Panels, false>(to, m, c, head);
-}
-
-template <int Panels>
-__device__ __forceinline__ void convert_staged_rows(float* staged, DType dtype) {
-    if (dtype == DType::f32) return;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kChunk * Panels * 8; i += kThreads) {
-        float4* const at =
-            reinterpret_cast<float4*>(staged + staged_offset<Panels>(i / (Panels * 8), i % (Panels * 8) * 8));
-        float v[8];
-        convert8<false>(v, {*reinterpret_cast<const uint4*>(at)}, dtype);
-        at[0] = {v[0], v[1], v[2], v[3]};
-        at[1] = {v[4], v[5], v[6], v[7]};
+        ptx::cp_async16_or_zero(to + staged_offset<Panels>(t, col), row, inside);
     }
 }
 
@@ -386,7 +390,7 @@ __device__ __forceinline__ void copy_panels_async(__half* to, const __half* from
 template <int Panels>
 __device__ __forceinline__ void prefetch_panels(const __half* from) {
     constexpr int kLine = 128 / sizeof(__half);
-#pragma unroll
+#pragma unroll 1
     for (int i = threadIdx.x; i < Panels * kPanel / kLine; i += kThreads) ptx::prefetch_l2(from + i * kLine);
 }
 

@@ -35,6 +35,7 @@ struct Shared {
     float x_scale[kChunk], k_scale[kChunk], do_scale[kChunk], v_scale[kChunk];
     float from_start[kChunk];  // e^{gc_i} x_i' S do'_i
     float to_end[kChunk];      // beta_j rho_Cj k_j' dS v'_j
+    float adjoint_scale[2 * kMaxWidth / kChunk];  // of each column tile
     // Sums of columns over each warp's rows: of w o x, and of what dg has inside.
     float w_x[kThreads / 32][kChunk], crossing[kThreads / 32][kChunk];
 };
@@ -126,6 +127,10 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     // Everything is asked for at once, in the order in which it is needed. Later do or w are asked for as soon as
     // the last tile's have been used, v and dS at the end of the tile; all comes from the L2 cache then.
     const GatePair gates = fetch_gates(a.gates, a.problem, chunk, head);
+    const int token = threadIdx.x, tile = threadIdx.x - kChunk;  // of the first or the other threads
+    float own_scalar = 0.f;
+    if (token < chunk.length) own_scalar = a.from_start[token_index(a.problem, chunk, token, a.heads.all, head)];
+    else if (tile >= 0 && tile < column_tiles) own_scalar = a.adjoints.scales[ds_place + tile];
     const HeadRows x(a.x, head), k(a.k, head);
     fetch_rows<KTiles, 2>(sm.x, x.rows, chunk, x.head, 0);
     fetch_rows<KTiles, Terms>(sm.k, k.rows, chunk, k.head, 0);
@@ -136,12 +141,9 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     if (column_tiles > 2) prefetch_rows(a.d_o, chunk, head);
     prefetch_rows(a.w, chunk, head);
     if (v_tiles > 1) prefetch_rows(a.v, chunk, head);
-    ptx::prefetch_l2(a.adjoints.scales + ds_place);
     store_gates(sm.gates, gates);
-    if (threadIdx.x < kChunk) {
-        const int64_t at = token_index(a.problem, chunk, threadIdx.x, a.heads.all, head);
-        sm.from_start[threadIdx.x] = int(threadIdx.x) < chunk.length ? a.from_start[at] : 0.f;
-    }
+    if (token < kChunk) sm.from_start[token] = own_scalar;
+    else if (tile < column_tiles) sm.adjoint_scale[tile] = own_scalar;
     ptx::cp_async_wait<3>();
     convert_rows<KTiles, 2>(sm.x, sm.x_scale, a.x.dtype, 4);
     convert_rows<KTiles, Terms>(sm.k, sm.k_scale, a.k.dtype, 0);
@@ -266,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 #pragma unroll
             for (int e = 0; e < 4; ++e) dv.c[n][e] *= sign * weight_scale[e / 2];
         settle(column_tiles, dv);
-        const float adjoint_scale = a.adjoints.scales[ds_place + ct];
+        const float adjoint_scale = sm.adjoint_scale[ct];
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt) {
             products_begin<isa>(part);

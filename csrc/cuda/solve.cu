@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     const int64_t place = state_tile(a.states, slot, head, column_tiles, value_tiles);
     const float* const h_scale = a.states.scales + place;
     const float largest_h_scale = fmaxf(h_scale[0], h_scale[KTiles - 1]);
-    float* const right_hand_side = reinterpret_cast<float*>(sm.x);
+    float* const float_rhs = reinterpret_cast<float*>(sm.x);
+    __half* const half_rhs = sm.values;  // panels of f16 or bf16
     const GatePair gates = fetch_gates(a.gates, a.problem, chunk, head);
     __half* const d_o = sm.values + SharedMemory::kValues;
     const auto with_value_tiles = [&](const auto& f) {
@@ -139,8 +140,10 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
             fetch_rows<tiles.value, KeyTerms>(d_o, a.rhs, chunk, head, 0);
             fetch_rows<tiles.value, KeyTerms>(sm.values, a.values, chunk, head, 0);
         });
+    } else if constexpr (KeyTerms == 2) {
+        fetch_staged_rows<KTiles>(float_rhs, a.rhs, chunk, head);
     } else {
-        fetch_staged_rows<KTiles>(right_hand_side, a.rhs, chunk, head);
+        fetch_rows<KTiles, 1>(half_rhs, a.rhs, chunk, head, 0);
     }
     fetch_rows<KTiles, KeyTerms>(sm.keys, a.keys, chunk, head, 0);
     ptx::cp_async_commit();
@@ -186,7 +189,6 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         if (threadIdx.x < kChunk) sm.key_scale[threadIdx.x] = scales[threadIdx.x].second();
     } else {
         convert_rows<KTiles, KeyTerms>(sm.keys, sm.key_scale, a.keys.dtype, 0);
-        convert_staged_rows<KTiles>(right_hand_side, a.rhs.dtype);
         if constexpr (kind == Solve::forward) {  // what the read-out will want comes to the L2 cache during the steps
             for (int tile = 1; tile <= value_tiles; ++tile)
                 prefetch_panels<KTiles * 2>(a.states.panels + (place - tile) * KTiles * 2 * kPanel);
@@ -251,8 +253,12 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
                 float& u = r[kt].c[n][half * 2];
                 float& v = r[kt].c[n][half * 2 + 1];
                 if constexpr (kind != Solve::adjoint) {
-                    const float2 pair = *reinterpret_cast<const float2*>(
-                        right_hand_side + staged_offset<KTiles>(t, kt * kChunk + acc_col(lane, n)));
+                    const int col = acc_col(lane, n);
+                    const float2 pair =
+                        KeyTerms == 2
+                            ? *reinterpret_cast<const float2*>(float_rhs + staged_offset<KTiles>(t, kt * kChunk + col))
+                            : unpack(a.rhs.dtype, *reinterpret_cast<const uint32_t*>(half_rhs + kt * kPanel +
+                                                                                     panel_offset(t, col)));
                     u = pair.x, v = pair.y;
                 }
                 amax = fmaxf(amax, fmaxf(fabsf(u), fabsf(v)));

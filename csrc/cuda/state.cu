@@ -112,32 +112,34 @@ struct RowWalk {
 
     template <bool Float32>
     __device__ __forceinline__ void fetch(__half* panels, int64_t token_stride, int length, bool reverse) {
-        constexpr int kSize = Float32 ? 4 : 2, kElements = 16 / kSize;
+        constexpr int kSize = Float32 ? 4 : 2;
         const int first = threadIdx.x / 8, part = threadIdx.x % 8;
         const char* row = at;
 #pragma unroll
         for (int i = 0; i < kChunk / kRowsAtOnce; ++i, row += token_stride * (kRowsAtOnce * kSize))
 #pragma unroll
-            for (int piece = 0; piece < Panels * (kChunk / kElements / 8); ++piece) {
-                const int col = (piece * 8 + part) * kElements % kChunk & ~7, term = Float32 ? part % 2 : 0;
-                __half* const to = panels + (piece * 8 * kElements / kChunk * Terms + term) * kPanel;
-                ptx::cp_async16_or_zero(to + i * kRowsAtOnce * kChunk + panel_offset(first, col),
-                                        row + piece * 8 * 16,
-                                        first + i * kRowsAtOnce < length && piece * 8 * 16 < left);
+            for (int line = 0; line < Panels * (Float32 ? 2 : 1); ++line) {
+                const int at_row = Float32 ? line / 2 * Terms * kPanel + waiting_offset(first, line % 2 * 8 + part)
+                                           : line * Terms * kPanel + panel_offset(first, part * 8);
+                ptx::cp_async16_or_zero(panels + i * kRowsAtOnce * kChunk + at_row, row + line * 8 * 16,
+                                        first + i * kRowsAtOnce < length && line * 8 * 16 < left);
             }
         at += (reverse ? -token_stride : token_stride) * (kChunk * kSize);
     }
 };
 
-// Eight elements as fetched.
-template <bool Float32>
-__device__ __forceinline__ Raw8<Float32> raw_piece(const __half* panel, int row, int col) {
-    Raw8<Float32> raw;
+// A lane's part of a warp's columns of a panel as they wait: rows lane and lane + 32.
+template <bool Float32, int Pieces>
+struct RawColumns {
+    Raw8<Float32> raw[2][Pieces];
+
+    __device__ __forceinline__ RawColumns(const __half* panel, int col0, int lane) {
 #pragma unroll
-    for (int w = 0; w < (Float32 ? 2 : 1); ++w)
-        raw.words[w] = *reinterpret_cast<const uint4*>(panel + w * kPanel + panel_offset(row, col));
-    return raw;
-}
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int p = 0; p < Pieces; ++p) raw[i][p] = waiting_piece<Float32>(panel, i * 32 + lane, col0 + p * 8);
+    }
+};
 
 // The largest magnitude among eight elements, like max_abs: NaNs do not count.
 template <DType dtype>
@@ -184,17 +186,15 @@ __device__ __forceinline__ Raw8<false> scaled(const Raw8<false>& raw, float scal
 
 // The sixteen columns of a warp, all 64 rows, of a panel of keys; returns what undoes their scale.
 template <DType dtype, int Terms>
-__device__ __forceinline__ float convert_keys(__half* panel, int col0, int lane) {
+__device__ __forceinline__ float convert_keys(__half* panel, const RawColumns<dtype == DType::f32, 2>& columns,
+                                              int col0, int lane) {
     constexpr bool kFloat32 = dtype == DType::f32;
-    Raw8<kFloat32> raw[2][2];
+    const auto& raw = columns.raw;
     float amax = kSmallestMax;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int p = 0; p < 2; ++p) {
-            raw[i][p] = raw_piece<kFloat32>(panel, i * 32 + lane, col0 + p * 8);
-            amax = fmaxf(amax, largest<dtype>(raw[i][p]));
-        }
+        for (int p = 0; p < 2; ++p) amax = fmaxf(amax, largest<dtype>(raw[i][p]));
     const Pow2Scale s = scale_to(warp_max(amax), kTarget);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -213,21 +213,18 @@ __device__ __forceinline__ float convert_keys(__half* panel, int col0, int lane)
 }
 
 // A warp's share of the columns of the values' panels, all 64 rows, times the weights.
-template <DType dtype, int Warps>
-__device__ __forceinline__ void convert_values(__half* panels, float* scale, const float* weights, int warp, int lane) {
+template <DType dtype, int kPieces>
+__device__ __forceinline__ void convert_values(__half* panels, const RawColumns<dtype == DType::f32, kPieces>& columns,
+                                               float* scale, const float* weights, int warp, int lane) {
     constexpr bool kFloat32 = dtype == DType::f32;
-    constexpr int kPieces = 8 / Warps;
-    Raw8<kFloat32> raw[2][kPieces];
+    const auto& raw = columns.raw;
     float weight[2];
     float amax = 0.f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         float row_max = kSmallestMax;
 #pragma unroll
-        for (int p = 0; p < kPieces; ++p) {
-            raw[i][p] = raw_piece<kFloat32>(panels, i * 32 + lane, (warp * kPieces + p) * 8);
-            row_max = fmaxf(row_max, largest<dtype>(raw[i][p]));
-        }
+        for (int p = 0; p < kPieces; ++p) row_max = fmaxf(row_max, largest<dtype>(raw[i][p]));
         weight[i] = weights[i * 32 + lane];
         amax = fmaxf(amax, row_max * fabsf(weight[i]));
     }
@@ -243,11 +240,10 @@ __device__ __forceinline__ void convert_values(__half* panels, float* scale, con
     if (lane < kPieces) scale[warp * kPieces + lane] = s.down;
 }
 
-// f(std::integral_constant<DType, dtype>), so that f is compiled for each.
-template <bool Float32, typename F>
-__device__ __forceinline__ void with_dtype(DType dtype, const F& f) {
-    if (Float32 && dtype == DType::f32) f(std::integral_constant<DType, Float32 ? DType::f32 : DType::f16>());
-    else if (dtype == DType::f16) f(std::integral_constant<DType, DType::f16>());
+// f(std::integral_constant<DType, dtype>) for the one of the two 16-bit types, so that f is compiled for each.
+template <typename F>
+__device__ __forceinline__ void with_half_type(DType dtype, const F& f) {
+    if (dtype == DType::f16) f(std::integral_constant<DType, DType::f16>());
     else f(std::integral_constant<DType, DType::bf16>());
 }
 
@@ -402,12 +398,31 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     // The second half of a step is for what the next one needs.
     float decay = 1.f, log_decay = 0.f, key_scale = 1.f;
     const auto prepare = [&](int step) {
+        constexpr int kPieces = 8 / kWarps;
         __half* const keys = sm.keys[step % 2] + row_tile * KeyTerms * kPanel;
-        if constexpr (KeyTerms == 2) key_scale = convert_keys<DType::f32, 2>(keys, first_row, lane);
-        else if (a.keys.dtype == DType::bf16) key_scale = convert_keys<DType::bf16, 1>(keys, first_row, lane);
-        with_dtype<KeyTerms == 2>(values.dtype, [&](auto dtype) {
-            convert_values<decltype(dtype)::value, kWarps>(sm.values[step % 2], sm.value_scale, sm.weights, warp, lane);
-        });
+        __half* const value_panels = sm.values[step % 2];
+        const auto convert_half_values = [&](auto half_type) {
+            constexpr DType dtype = decltype(half_type)::value;
+            const RawColumns<false, kPieces> raw(value_panels, warp * kPieces * 8, lane);
+            convert_values<dtype, kPieces>(value_panels, raw, sm.value_scale, sm.weights, warp, lane);
+        };
+        if constexpr (KeyTerms == 1) {
+            if (a.keys.dtype == DType::bf16)
+                key_scale = convert_keys<DType::bf16, 1>(keys, {keys, first_row, lane}, first_row, lane);
+            with_half_type(values.dtype, convert_half_values);
+        } else {  // float32 waits where other warps' terms are to be, which only a barrier allows to write
+            const RawColumns<true, 2> raw_keys(keys, first_row, lane);
+            if (values.dtype == DType::f32) {
+                const RawColumns<true, kPieces> raw(value_panels, warp * kPieces * 8, lane);
+                __syncthreads();
+                key_scale = convert_keys<DType::f32, 2>(keys, raw_keys, first_row, lane);
+                convert_values<DType::f32, kPieces>(value_panels, raw, sm.value_scale, sm.weights, warp, lane);
+            } else {
+                __syncthreads();
+                key_scale = convert_keys<DType::f32, 2>(keys, raw_keys, first_row, lane);
+                with_half_type(values.dtype, convert_half_values);
+            }
+        }
         decay = sm.decay, log_decay = sm.log_decay;
         if (pass == Pass::states && warp == step % kWarps && lane == 0) {  // the warps take turns
             const Pow2Scale s = scale_to(block_max(sm.state_max), 13);
