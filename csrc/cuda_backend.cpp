@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,11 @@ constexpr int64_t kRowMultiple = 8;  // elements that the kernels load and store
 int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int64_t padded_width(int64_t width) { return rounded_up(width, kRowMultiple); }
 
+// The kernels count tokens, and the elements from one head to the next, in 31 bits.
+constexpr int64_t kMostIndices = std::numeric_limits<int>::max();
+
+bool head_stride_fits(const Tensor& t) { return t.size(-2) == 1 || t.stride(-2) <= kMostIndices; }
+
 bool rows_are_aligned(const Tensor& t) {
     bool aligned =
         t.size(-1) % kRowMultiple == 0 && t.stride(-1) == 1 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
@@ -43,7 +49,7 @@ bool rows_are_aligned(const Tensor& t) {
 
 // t itself where its rows are as the kernels need them (whatever the strides between them), else a copy.
 Tensor with_padded_rows(const Tensor& t) {
-    if (t.numel() == 0 || rows_are_aligned(t)) return t;
+    if (t.numel() == 0 || (rows_are_aligned(t) && head_stride_fits(t))) return t;
     const int64_t width = t.size(-1);
     const Tensor padded = width % kRowMultiple ? at::constant_pad_nd(t, {0, padded_width(width) - width}) : t;
     return padded.clone(at::MemoryFormat::Contiguous);
@@ -59,8 +65,8 @@ Tensor without_padding(const Tensor& t, int64_t width) {
 
 // t [B, T, heads, width or padded width], seen by a kernel that works on `heads` heads.
 Rows rows_of(const Tensor& t, int64_t heads, int64_t width) {
-    return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), dtype_of(t), static_cast<int>(width),
-            static_cast<int>(heads / t.size(2))};
+    return {t.data_ptr(), t.stride(0), t.stride(1), static_cast<int>(t.stride(2)), dtype_of(t),
+            static_cast<int>(width), heads / t.size(2)};
 }
 
 OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
@@ -86,6 +92,13 @@ bool use_hopper_kernels() {
     return kernels == "hopper" && built && at::cuda::getCurrentDeviceProperties()->major == 9;
 }
 
+Problem make_problem(const ProblemSize& p, const int64_t* cu_seqlens, bool hopper) {
+    TORCH_CHECK(p.B * p.T + kChunk * p.N <= kMostIndices, "expected B * T + ", kChunk,
+                " * sequences below 2^31 on CUDA, got B = ", p.B, ", T = ", p.T, " and ", p.N, " sequences");
+    return {p.T, static_cast<int>(p.N), cu_seqlens, static_cast<int>(p.K), static_cast<int>(p.V), hopper,
+            kSegmentChunks};
+}
+
 // What the kernels of a chunked call have in common, with the tensors that they point into.
 struct Call {
     ProblemSize size;
@@ -108,13 +121,7 @@ struct Call {
           stream(at::cuda::getCurrentCUDAStream()) {
         check_device_fits(p);
         if (cu_seqlens_) cu_seqlens = cu_seqlens_->contiguous();
-        problem = {p.T,
-                   static_cast<int>(p.N),
-                   cu_seqlens_ ? cu_seqlens.const_data_ptr<int64_t>() : nullptr,
-                   static_cast<int>(p.K),
-                   static_cast<int>(p.V),
-                   use_hopper_kernels(),
-                   kSegmentChunks};
+        problem = make_problem(p, cu_seqlens_ ? cu_seqlens.const_data_ptr<int64_t>() : nullptr, use_hopper_kernels());
     }
 
     Gates gates(int64_t heads) const {
@@ -161,7 +168,7 @@ Heads heads_of_group(int64_t all, int64_t groups, int64_t group) {
 // Rows of a tensor that has a group's heads only, as seen by a kernel that counts all.
 Rows rows_of_group(const Tensor& t, const Heads& heads, int64_t width) {
     Rows rows = rows_of(t, t.size(2), width);
-    rows.data = static_cast<char*>(rows.data) - heads.first * rows.head_stride * t.element_size();
+    rows.data = static_cast<char*>(rows.data) - int64_t(heads.first) * rows.head_stride * t.element_size();
     return rows;
 }
 
@@ -189,7 +196,7 @@ struct States {
     // As seen by a kernel that works on `count` heads, which share them.
     SplitStates view(const Heads& kernel) const {
         uint8_t* const bytes = memory.data_ptr<uint8_t>();
-        const int group = kernel.count / static_cast<int>(heads);
+        const int group = kernel.count.value() / static_cast<int>(heads);
         return {reinterpret_cast<__half*>(bytes), reinterpret_cast<float*>(bytes + panel_bytes),
                 static_cast<int>(heads), group, kernel.first / group};
     }
@@ -201,7 +208,7 @@ struct SegmentSums {
 
     SegmentSums(const Call& call, int64_t heads) {
         if (!call.problem.segmented()) return;
-        const int64_t count = call.problem.segments() * heads;
+        const int64_t count = call.problem.segment_count() * heads;
         sums = at::empty({count * segment_sum_size(call.problem)}, call.float_options());
         decays = at::empty({count}, call.float_options());
     }
@@ -210,7 +217,7 @@ struct SegmentSums {
 };
 
 void forward_states(const Call& c, const States& states, const Heads& heads, float* end_kk, float* end_kv) {
-    const SegmentSums segments(c, heads.count);
+    const SegmentSums segments(c, heads.count.value());
     C10_CUDA_CHECK(launch_chunk_states({c.problem,
                                         c.k_rows(heads.all),
                                         {c.v_rows(heads.all), c.k_rows(heads.all)},
@@ -277,12 +284,12 @@ void refine(const Call& c, const States& states, const Heads& heads, const Tenso
 }
 
 // t in memory where its rows are dense, which is all that the kernels for single tokens ask of them.
-Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
+Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 && head_stride_fits(t) ? t : t.contiguous(); }
 
 // t [B, T, heads, width], or [B, heads, width], the only token of every sequence, with dense rows.
 Rows token_rows(const Tensor& t, int64_t heads, int64_t width) {
-    return {t.data_ptr(), t.stride(0), t.dim() == 4 ? t.stride(1) : 0, t.stride(-2), dtype_of(t),
-            static_cast<int>(width), static_cast<int>(heads / t.size(-2))};
+    return {t.data_ptr(), t.stride(0), t.dim() == 4 ? t.stride(1) : 0, static_cast<int>(t.stride(-2)), dtype_of(t),
+            static_cast<int>(width), heads / t.size(-2)};
 }
 
 // The decode kernel on tokens [B, T, ...] or [B, ...].
@@ -312,8 +319,7 @@ void make_states_at(const ProblemSize& p, const Tensor& k_, const Tensor& v_, co
     const OptionalTensor cu_seqlens = contiguous(cu_seqlens_);
     const int heads = static_cast<int>(p.HS);
     C10_CUDA_CHECK(launch_state_at(
-        {{p.T, static_cast<int>(p.N), cu_seqlens ? cu_seqlens->const_data_ptr<int64_t>() : nullptr,
-          static_cast<int>(p.K), static_cast<int>(p.V), false, kSegmentChunks},
+        {make_problem(p, cu_seqlens ? cu_seqlens->const_data_ptr<int64_t>() : nullptr, false),
          token_rows(k, heads, p.K), token_rows(v, heads, p.V),
          {g.const_data_ptr<float>(), beta.const_data_ptr<float>(), heads, 1},
          data_or_null<float>(h_kk), data_or_null<float>(h_kv),
@@ -429,7 +435,7 @@ std::vector<Tensor> chunk_backward(
         args.from_start = from_start.data_ptr<float>();
         C10_CUDA_CHECK(launch_solve(args, c.stream));
 
-        const SegmentSums segments(c, heads.count);
+        const SegmentSums segments(c, heads.count.value());
         C10_CUDA_CHECK(launch_chunk_states({c.problem,
                                             x_rows,
                                             {do_rows, w_rows},

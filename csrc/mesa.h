@@ -11,6 +11,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include "divisor.h"
 #include "packed.h"
 
 namespace mesa {
@@ -27,30 +28,47 @@ enum class DType : int { f16, bf16, f32 };
 // that grouped heads need no copies.
 struct Rows {
     void* data;
-    int64_t batch_stride, token_stride, head_stride;
+    int64_t batch_stride, token_stride;
+    int head_stride;
     DType dtype;
     int width;  // without the padding
-    int group;
+    Divisor group;
+};
+
+// Sequences cut into places of so many tokens each.
+struct Places {
+    Divisor tokens;
+    Divisor of_each;  // places of each of the sequences, where all have the same length (an empty one has one too)
+
+    Places(int64_t tokens, int64_t length)
+        : tokens(tokens), of_each(length == 0 ? 1 : (length + tokens - 1) / tokens) {}
 };
 
 // Where the sequences lie. A chunk slot is a place for one chunk's state; sequence n owns the slots from first_slot(n)
 // on. Packed sequences start at cu_seqlens[n] / 64 + n: never too close together, and known without a host sync.
+// Segments (see StateArgs) have places of the same kind.
 struct Problem {
-    int64_t T;
+    int T;  // tokens are counted in 31 bits: B T + 64 N < 2^31
     int N;
     const int64_t* cu_seqlens;  // [N + 1] on the device, or null: N sequences of T tokens, one per batch row
     int K, V;
-    bool hopper;         // use the kernels for compute capability 9.0 where there are any
-    int segment_chunks;  // see StateArgs
+    bool hopper;  // use the kernels for compute capability 9.0 where there are any
+    int segment_chunks;
+    Places chunks, segments;
 
-    int64_t slots() const { return cu_seqlens ? T / kChunk + N : N * ((T + kChunk - 1) / kChunk); }
-    // An empty sequence has a segment too, which makes its final state.
-    int64_t segment_tokens() const { return int64_t(segment_chunks) * kChunk; }
-    int64_t segments() const {
-        if (cu_seqlens) return T / segment_tokens() + N;
-        return T == 0 ? N : N * ((T + segment_tokens() - 1) / segment_tokens());
+    Problem() : Problem(0, 0, nullptr, 0, 0, false, 1) {}
+    Problem(int64_t T, int N, const int64_t* cu_seqlens, int K, int V, bool hopper, int segment_chunks)
+        : T(static_cast<int>(T)), N(N), cu_seqlens(cu_seqlens), K(K), V(V), hopper(hopper),
+          segment_chunks(segment_chunks), chunks(kChunk, T), segments(int64_t(segment_chunks) * kChunk, T) {}
+
+    int64_t slots() const { return T == 0 && !cu_seqlens ? 0 : count(chunks); }
+    int64_t segment_count() const { return count(segments); }  // of an empty sequence one too: its final state
+    bool segmented() const { return T > segments.tokens.value(); }
+
+  private:
+    int64_t count(const Places& p) const {
+        return cu_seqlens ? T / p.tokens + int64_t(N) : int64_t(N) * p.of_each.value();
     }
-    bool segmented() const { return T > segment_tokens(); }
 };
 
 // Long sequences are cut into segments of so many chunks, always at the same tokens, so that no result depends on what
@@ -59,7 +77,8 @@ constexpr int kSegmentChunks = 64;
 
 // A kernel's heads: of all that its arrays have, those that it works on. The states' memory is only for these.
 struct Heads {
-    int all, first, count;
+    int all, first;
+    Divisor count;
 
     Heads(int heads = 0) : all(heads), first(0), count(heads) {}
     Heads(int all_, int first_, int count_) : all(all_), first(first_), count(count_) {}
@@ -69,7 +88,7 @@ struct Gates {
     const float* g;     // [B, T, heads / group] natural logarithm of the decay
     const float* beta;  // [B, T, heads / group]
     int heads;          // heads / group
-    int group;
+    Divisor group;
 };
 
 // States before each chunk (or adjoints after it) as 64 x 64 panels of fp16 pairs hi + lo, swizzled as in shared
@@ -78,8 +97,8 @@ struct Gates {
 struct SplitStates {
     __half* panels;
     float* scales;
-    int heads;  // of the arrays
-    int group;  // a kernel's head h uses head h / group - first
+    int heads;      // of the arrays
+    Divisor group;  // a kernel's head h uses head h / group - first
     int first = 0;
 };
 
@@ -110,10 +129,10 @@ struct StateArgs {
     float* end_kk;          // [N, heads, K, K] or null; transposed when reverse
     SplitStates states;
     Heads heads;
-    int start_group;  // only heads with h % start_group == 0 take the start
+    Divisor start_group;  // only heads with h % start_group == 0 take the start
     bool reverse;
-    float* segment_sums;    // [segments, heads.count, segment_sum_size] } where problem.segmented(), for the kernels'
-    float* segment_decays;  // [segments, heads.count]                   } own use
+    float* segment_sums;    // [segment_count, heads.count, segment_sum_size] } where problem.segmented(), for the
+    float* segment_decays;  // [segment_count, heads.count]                   } kernels' own use
     const float* lamb;      // [heads, K] } with this the kernel fills in what the solver will want (not reverse)
     LambPair* lamb_pairs;   // [heads, K / 2 padded to a multiple of 32 (with ones)], or null
     // Reverse: the states before the chunks (they may lie in `states`, and are overwritten then), and <adjoint, state>

@@ -246,3 +246,17 @@ def test_a_state_with_any_strides(device):
     expected = inputs.call(mesa_attention)[0]
     state = MesaState(inputs.initial_state.h_kk.mT, inputs.initial_state.h_kv.mT.contiguous().mT)
     assert relative_error(inputs.call(mesa_attention, initial_state=state)[0], expected) <= 1e-6
+
+
+@pytest.mark.gpu
+def test_heads_further_apart_than_the_kernels_count():
+    if torch.cuda.mem_get_info()[0] < 10 << 30:
+        pytest.skip("2^31 elements take 4 GiB")
+    inputs = draw("random", "cuda", torch.bfloat16, B=1, T=100, K=16, V=8)
+    storage = torch.empty(2**31 + inputs.q.numel(), dtype=torch.bfloat16, device="cuda")
+    far = storage.as_strided(inputs.q.shape, (0, 16, 2**31, 1)).copy_(inputs.q)
+    moved = inputs.map(lambda a: far if a is inputs.q else a)
+    assert moved.q.stride(2) == 2**31
+    for tokens in (100, 1):  # the kernels for chunks, and for single tokens
+        (o, _), (expected, _) = (x.part(0, tokens).call(mesa_attention) for x in (moved, inputs))
+        assert torch.equal(o, expected)

@@ -212,6 +212,15 @@ def test_what_cuda_does_not_do():
     raises(r"q must be.*float64.*", mesa_attention, **changed(arguments("cuda"), doubles))
 
 
+@pytest.mark.gpu
+def test_cuda_counts_tokens_in_31_bits():
+    sequences = 2**31 // 64
+    values = {n: a[:1] if a.ndim > 2 else a for n, a in arguments("cuda").items()}
+    bounds = torch.zeros(sequences + 1, dtype=torch.int64, device="cuda")
+    bounds[-1] = T
+    raises(rf"below 2\^31.*T = {T} and {sequences} sequences", mesa_attention, **values, cu_seqlens=bounds)
+
+
 def test_an_error_leaves_the_library_usable(device):
     raises("k", mesa_attention, **changed(arguments(device), dict(k=lambda a: a[..., :3])))
     o, _ = mesa_ext.mesa_attention(**arguments(device))

@@ -10,57 +10,55 @@
 namespace mesa {
 
 struct Sequence {
-    int batch;          // row of the batch
-    int64_t token;      // first token in that row
-    int64_t length;
-    int64_t first_slot;
+    int batch;       // row of the batch
+    int token;       // first token in that row
+    int length;
+    int first_slot;  // or segment
 };
 
 struct Chunk {
     int batch;
-    int64_t token;  // first token
-    int length;     // 0 where the slot is not in use
+    int token;   // first token
+    int length;  // 0 where the slot is not in use
 };
 
 // cu_seqlens is not trusted: whatever it holds, spans stay inside [0, T) and slots inside their array.
-__device__ __forceinline__ int64_t sequence_start(const Problem& p, int n) {
+__device__ __forceinline__ int sequence_start(const Problem& p, int n) {
     const int64_t start = p.cu_seqlens[n];
-    return start < 0 ? 0 : (start > p.T ? p.T : start);
-}
-
-// Places of `unit` tokens: slots, or segments (of which an empty sequence has one too).
-__device__ __forceinline__ int64_t places_of_each(const Problem& p, int unit) {
-    return p.T == 0 ? 1 : (p.T + unit - 1) / unit;
+    return start < 0 ? 0 : (start > p.T ? p.T : static_cast<int>(start));
 }
 
 // Sequence n and its first place.
-__device__ __forceinline__ Sequence find_sequence(const Problem& p, int n, int unit) {
-    if (!p.cu_seqlens) return {n, 0, p.T, n * places_of_each(p, unit)};
-    const int64_t start = sequence_start(p, n), end = sequence_start(p, n + 1);
-    return {0, start, end > start ? end - start : 0, start / unit + n};
+__device__ __forceinline__ Sequence find_sequence(const Problem& p, int n, const Places& places) {
+    if (!p.cu_seqlens) return {n, 0, p.T, n * places.of_each.value()};
+    const int start = sequence_start(p, n), end = sequence_start(p, n + 1);
+    return {0, start, end > start ? end - start : 0, start / places.tokens + n};
 }
 
 // The last sequence whose first place is at or before `place`.
-__device__ __forceinline__ int sequence_at(const Problem& p, int64_t place, int unit) {
-    // In 32 bits, where division is short: blocks, and so places, are counted in 31.
-    if (!p.cu_seqlens) return static_cast<uint32_t>(place) / static_cast<uint32_t>(places_of_each(p, unit));
+__device__ __forceinline__ int sequence_at(const Problem& p, int place, const Places& places) {
+    if (!p.cu_seqlens) return place / places.of_each;
     int low = 0, high = p.N - 1;
     while (low < high) {
         const int mid = (low + high + 1) / 2;
-        if (sequence_start(p, mid) / unit + mid <= place) low = mid;
+        if (sequence_start(p, mid) / places.tokens + mid <= place) low = mid;
         else high = mid - 1;
     }
     return low;
 }
 
-__device__ __forceinline__ Chunk chunk_of(const Sequence& s, int64_t index) {
-    const int64_t left = s.length - index * kChunk;
-    return {s.batch, s.token + index * kChunk, static_cast<int>(left < 0 ? 0 : (left < kChunk ? left : kChunk))};
+__device__ __forceinline__ Chunk chunk_of(const Sequence& s, int index) {
+    return {s.batch, s.token + index * kChunk, min(max(s.length - index * kChunk, 0), kChunk)};
 }
 
-__device__ __forceinline__ Chunk find_chunk(const Problem& p, int64_t slot) {
-    const Sequence s = find_sequence(p, sequence_at(p, slot, kChunk), kChunk);
+__device__ __forceinline__ Chunk find_chunk(const Problem& p, int slot) {
+    const Sequence s = find_sequence(p, sequence_at(p, slot, p.chunks), p.chunks);
     return slot < s.first_slot ? Chunk{s.batch, s.token, 0} : chunk_of(s, slot - s.first_slot);
+}
+
+// Index of a token and head in arrays [B, T, heads].
+__device__ __forceinline__ int64_t token_index(const Problem& p, const Chunk& c, int token, int heads, int head) {
+    return int64_t(c.batch * p.T + c.token + token) * heads + head;
 }
 
 // ---- gates ------------------------------------------------------------------------------------------------------
@@ -93,7 +91,7 @@ __device__ __forceinline__ GatePair fetch_gates(const Gates& gates, const Proble
     for (int i = 0; i < 2; ++i) {
         const int t = threadIdx.x * 2 + i;
         if (t < c.length) {
-            const int64_t at = (c.batch * p.T + c.token + t) * gates.heads + head / gates.group;
+            const int64_t at = token_index(p, c, t, gates.heads, head / gates.group);
             pair.g[i] = gates.g[at];
             pair.beta[i] = gates.beta[at];
         }
@@ -130,13 +128,9 @@ __device__ __forceinline__ void store_gates(ChunkGates& out, const GatePair& pai
 
 __device__ __forceinline__ int padded_width(const Rows& m) { return (m.width + 7) & ~7; }
 
-// Index of a token and head in arrays [B, T, heads].
-__device__ __forceinline__ int64_t token_index(const Problem& p, const Chunk& c, int token, int heads, int head) {
-    return (c.batch * p.T + c.token + token) * heads + head;
-}
-
 __device__ __forceinline__ int64_t row_offset(const Rows& m, const Chunk& c, int token, int head) {
-    return c.batch * m.batch_stride + (c.token + token) * m.token_stride + (head / m.group) * m.head_stride;
+    return c.batch * m.batch_stride + (c.token + token) * m.token_stride +
+           int64_t(head / m.group) * m.head_stride;
 }
 
 // Two neighbouring elements of 16 bits.
@@ -245,6 +239,7 @@ __device__ __forceinline__ void prefetch_rows(const Rows& m, const Chunk& c, int
     const int t = threadIdx.x / kLanes, size = m.dtype == DType::f32 ? 4 : 2;
     if (t >= c.length) return;
     const char* const row = static_cast<const char*>(m.data) + row_offset(m, c, t, head) * size;
+#pragma unroll 1
     for (int at = threadIdx.x % kLanes * kLine; at < m.width * size; at += kLanes * kLine) ptx::prefetch_l2(row + at);
 }
 
@@ -315,7 +310,7 @@ __device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const 
             const bool inside = t < c.length && col0 + col < m.width;
             __half* const to = panels + (Float32 ? i / 2 * Terms * kPanel + waiting_offset(t, i % 2 * 8 + part)
                                                  : i * Terms * kPanel + panel_offset(t, part * 8));
-            ptx::cp_async16_or_zero(to, inside ? row + col * kSize : m.data, inside);
+            ptx::cp_async16_or_zero(to, row + col * kSize, inside);
         }
 }
 
@@ -374,9 +369,8 @@ __device__ __forceinline__ void fetch_staged_rows(float* to, const Rows& m, cons
 // ---- split states -----------------------------------------------------------------------------------------------
 
 // Index of a column tile in `scales`; times twice the row tiles, of its first panel.
-__device__ __forceinline__ int64_t state_tile(const SplitStates& s, int64_t slot, int head, int column_tiles,
-                                              int tile) {
-    return (slot * s.heads + head / s.group - s.first) * column_tiles + tile;
+__device__ __forceinline__ int64_t state_tile(const SplitStates& s, int slot, int head, int column_tiles, int tile) {
+    return int64_t(slot * s.heads + head / s.group - s.first) * column_tiles + tile;
 }
 
 // Copies panels as they lie; complete after ptx::cp_async_wait and a barrier.

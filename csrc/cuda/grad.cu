@@ -60,18 +60,6 @@ __device__ __forceinline__ void settle(int positive, Accs&... accumulators) {
     while (ptx::opaque(positive) < 0) __syncthreads();
 }
 
-// Rows, and which of their heads is that of an output head: as a rule every head has rows of its own, and the division
-// by one is worth leaving out.
-struct HeadRows {
-    Rows rows;
-    int head;
-
-    __device__ __forceinline__ HeadRows(const Rows& m, int output_head) : rows(m), head(output_head) {
-        if (m.group != 1) head /= m.group;
-        rows.group = 1;
-    }
-};
-
 // Sums over a warp's rows, in which `v` are a lane's addends to its columns acc_col(lane, n) + e. Returns those of
 // columns 2 lane and 2 lane + 1: in each step a lane gives away one half of the columns and keeps the other.
 __device__ __forceinline__ float2 column_sums(float (&v)[8][2], int lane) {
@@ -95,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     MESA_DYNAMIC_SHARED(shared_bytes);
     auto& sm = *reinterpret_cast<Shared<KTiles, Terms>*>(shared_bytes);
     const int thread_lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_row = warp * 16;
-    const int64_t slot = blockIdx.x / a.heads.count;
+    const int slot = blockIdx.x / a.heads.count;
     const int head = a.heads.first + blockIdx.x % a.heads.count;
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
@@ -108,19 +96,14 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     };
     const auto fetch_outputs = [&](int ct) {  // do or w
         if (ct < v_tiles) {
-            const HeadRows d_o(a.d_o, head);
-            fetch_rows<1, 2, Terms == 2>(sm.d_o, d_o.rows, chunk, d_o.head, ct * kChunk);
+            fetch_rows<1, 2, Terms == 2>(sm.d_o, a.d_o, chunk, head, ct * kChunk);
         } else {
-            const HeadRows w(a.w, head);
-            fetch_rows<1, 2>(sm.d_o, w.rows, chunk, w.head, (ct - v_tiles) * kChunk);
+            fetch_rows<1, 2>(sm.d_o, a.w, chunk, head, (ct - v_tiles) * kChunk);
         }
         ptx::cp_async_commit();
     };
     const auto fetch_values = [&](int ct) {
-        if (ct < v_tiles) {
-            const HeadRows v(a.v, head);
-            fetch_rows<1, Terms>(sm.v, v.rows, chunk, v.head, ct * kChunk);
-        }
+        if (ct < v_tiles) fetch_rows<1, Terms>(sm.v, a.v, chunk, head, ct * kChunk);
         ptx::cp_async_commit();
     };
 
@@ -131,9 +114,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     float own_scalar = 0.f;
     if (token < chunk.length) own_scalar = a.from_start[token_index(a.problem, chunk, token, a.heads.all, head)];
     else if (tile >= 0 && tile < column_tiles) own_scalar = a.adjoints.scales[ds_place + tile];
-    const HeadRows x(a.x, head), k(a.k, head);
-    fetch_rows<KTiles, 2>(sm.x, x.rows, chunk, x.head, 0);
-    fetch_rows<KTiles, Terms>(sm.k, k.rows, chunk, k.head, 0);
+    fetch_rows<KTiles, 2>(sm.x, a.x, chunk, head, 0);
+    fetch_rows<KTiles, Terms>(sm.k, a.k, chunk, head, 0);
     ptx::cp_async_commit();
     fetch_outputs(0);
     fetch_values(0);
@@ -262,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         if (ct + 1 < column_tiles) fetch_outputs(ct + 1);
         const int column = threadIdx.x;
         if (!is_v && column < kChunk && col0 + column < a.problem.K)
-            a.dlamb[(slot * a.heads.all + head) * a.problem.K + col0 + column] = column_total(sm.w_x, column);
+            a.dlamb[(int64_t(slot) * a.heads.all + head) * a.problem.K + col0 + column] = column_total(sm.w_x, column);
 #pragma unroll
         for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -310,8 +292,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             for (int n = 0; n < 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) dv.c[n][e] *= sm.gates.beta[row[e / 2]];
-            const HeadRows to(a.dv, head);
-            store_strip(to.rows, chunk, to.head, first_row, col0, dv, lane);
+            store_strip(a.dv, chunk, head, first_row, col0, dv, lane);
         } else {
 #pragma unroll
             for (int kt = 0; kt < KTiles; ++kt) {
@@ -388,7 +369,6 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         normalise_rows(scores, down, 8);
         Operand<2> operand;
         acc_operand(operand, scores);
-        const HeadRows to(a.dk, head);
         Acc part[KTiles];
         products_begin<isa>(part[0], part[KTiles - 1]);
         mma_AB<isa, 2, false>(part, operand, sm.x, 2 * kPanel, lane);
@@ -400,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
                     u[kt].c[n][e] = sm.gates.beta[row[e / 2]] * fmaf(down[e / 2], part[kt].c[n][e], u[kt].c[n][e]);
-            store_strip(to.rows, chunk, to.head, first_row, kt * kChunk, u[kt], lane);
+            store_strip(a.dk, chunk, head, first_row, kt * kChunk, u[kt], lane);
         }
     }
 
@@ -423,7 +403,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const float behind = lane < 31 ? later : 0.f, before = lane > 0 ? earlier : 0.f;
         const float leaving = __shfl_sync(0xffffffffu, up_to_here, 31);
         if (lane == 0)
-            a.crossings[slot * a.heads.all + head] = {from_here, leaving, sm.gates.decay_from_start(kChunk - 1)};
+            a.crossings[int64_t(slot) * a.heads.all + head] = {from_here, leaving,
+                                                               sm.gates.decay_from_start(kChunk - 1)};
         const float sum[2] = {from_here + before, start[1] + behind + (before + sm.to_end[t])};
 #pragma unroll
         for (int i = 0; i < 2; ++i)
@@ -437,11 +418,12 @@ constexpr int kPassingThreads = 256;
 
 // Adds to dg what passes over a whole chunk. A warp's lanes are heads, and each warp has every eighth token.
 __global__ void __launch_bounds__(kPassingThreads) passing_kernel(const __grid_constant__ GradArgs a) {
-    const int head_groups = (a.heads.count + 31) / 32, in_group = blockIdx.x % head_groups * 32 + threadIdx.x % 32;
-    const int64_t slot = blockIdx.x / head_groups;
-    const Sequence sequence = find_sequence(a.problem, sequence_at(a.problem, slot, kChunk), kChunk);
-    const int64_t index = slot - sequence.first_slot, chunks = (sequence.length + kChunk - 1) / kChunk;
-    if (index < 0 || index >= chunks || in_group >= a.heads.count) return;
+    const int heads = a.heads.count.value(), head_groups = (heads + 31) / 32;
+    const int in_group = blockIdx.x % head_groups * 32 + threadIdx.x % 32, slot = blockIdx.x / head_groups;
+    const Sequence sequence =
+        find_sequence(a.problem, sequence_at(a.problem, slot, a.problem.chunks), a.problem.chunks);
+    const int index = slot - sequence.first_slot, chunks = (sequence.length + kChunk - 1) / kChunk;
+    if (index < 0 || index >= chunks || in_group >= heads) return;
     const int head = a.heads.first + in_group;
     const bool float32 = a.d_o.dtype == DType::f32;
     constexpr int kWarps = kPassingThreads / 32;
@@ -453,9 +435,9 @@ __global__ void __launch_bounds__(kPassingThreads) passing_kernel(const __grid_c
     for (int i = 0; i < kChunk / kWarps; ++i)
         if (i < own_tokens) before[i] = dg[i * kWarps * a.heads.all];
 
-    int64_t last = index;  // which meets the state
+    int last = index;  // which meets the state
     while (!meets_state(last, chunks, float32)) ++last;
-    const int64_t place = slot * a.heads.all + head, last_place = place + (last - index) * a.heads.all;
+    const int64_t place = int64_t(slot) * a.heads.all + head, last_place = place + (last - index) * a.heads.all;
     Crossings of[kOverlapDistance];
 #pragma unroll
     for (int i = 0; i < kOverlapDistance; ++i)
@@ -481,10 +463,11 @@ __global__ void __launch_bounds__(kPassingThreads) passing_kernel(const __grid_c
 
 template <Isa isa, int KTiles, int Terms>
 cudaError_t launch_kernel(const GradArgs& a, cudaStream_t stream) {
-    const cudaError_t status = launch(grad_kernel<isa, KTiles, Terms>, a, a.problem.slots() * a.heads.count,
+    const cudaError_t status = launch(grad_kernel<isa, KTiles, Terms>, a, a.problem.slots() * a.heads.count.value(),
                                       sizeof(Shared<KTiles, Terms>), stream);
     if (status != cudaSuccess) return status;
-    return launch(passing_kernel, a, a.problem.slots() * ((a.heads.count + 31) / 32), 0, stream, kPassingThreads);
+    return launch(passing_kernel, a, a.problem.slots() * ((a.heads.count.value() + 31) / 32), 0, stream,
+                  kPassingThreads);
 }
 
 template <Isa isa>

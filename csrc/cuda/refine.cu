@@ -42,7 +42,7 @@ __device__ __forceinline__ double2 row_pair(const Rows& m, const Chunk& c, int t
 
 // Chunks of the sequence up to its last one with hard rows, of which `flags` are the first chunk's.
 template <int KTiles>
-__device__ __forceinline__ int chunks_to_walk(Shared<KTiles>& sm, const HardRows* flags, int heads, int64_t length) {
+__device__ __forceinline__ int chunks_to_walk(Shared<KTiles>& sm, const HardRows* flags, int heads, int length) {
     int last = 0;
     for (int i = threadIdx.x; i < (length + kChunk - 1) / kChunk; i += kThreads)
         if (flags[int64_t(i) * heads]) last = i + 1;
@@ -70,12 +70,12 @@ __global__ void __launch_bounds__(kThreads, 2) walk_kernel(const __grid_constant
     const int head = a.heads.first + (blockIdx.x / column_tiles) % a.heads.count;
     const int n = blockIdx.x / column_tiles / a.heads.count;
     const int state_head = head / a.gates.group;
-    const Sequence sequence = find_sequence(a.problem, n, kChunk);
-    const HardRows* const flags = a.hard_rows + sequence.first_slot * a.heads.all + head;
+    const Sequence sequence = find_sequence(a.problem, n, a.problem.chunks);
+    const HardRows* const flags = a.hard_rows + int64_t(sequence.first_slot) * a.heads.all + head;
     const int chunks = chunks_to_walk(sm, flags, a.heads.all, sequence.length);
     if (chunks == 0) return;
-    const auto gate_at = [&](int64_t token) {
-        return (sequence.batch * a.problem.T + sequence.token + token) * a.gates.heads + state_head;
+    const auto gate_at = [&](int token) {
+        return int64_t(sequence.batch * a.problem.T + sequence.token + token) * a.gates.heads + state_head;
     };
 
     const int row_lane = threadIdx.x % kRowLanes, own_col = threadIdx.x / kRowLanes * kColumns;
@@ -93,11 +93,11 @@ __global__ void __launch_bounds__(kThreads, 2) walk_kernel(const __grid_constant
                                      : 0.;
             }
 
-    const int64_t end = min(sequence.length, int64_t(chunks) * kChunk);
-    for (int64_t first = 0; first < end; first += kTokens) {
+    const int end = min(sequence.length, chunks * kChunk);
+    for (int first = 0; first < end; first += kTokens) {
         const Chunk chunk = chunk_of(sequence, first / kChunk);
-        const int first_token = static_cast<int>(first % kChunk), tokens = min(kTokens, chunk.length - first_token);
-        const HardRows rows = rows_to_refine(flags[first / kChunk * a.heads.all]);
+        const int first_token = first % kChunk, tokens = min(kTokens, chunk.length - first_token);
+        const HardRows rows = rows_to_refine(flags[int64_t(first / kChunk) * a.heads.all]);
         const auto refines = [&](int t) { return (rows >> (first_token + t) & 1) != 0; };
 
         __syncthreads();  // what was staged before has been read
@@ -166,11 +166,11 @@ __global__ void __launch_bounds__(kThreads, 2) walk_kernel(const __grid_constant
 
 // x += correction. After the read-out, whose blocks all read x.
 __global__ void __launch_bounds__(kThreads) add_correction_kernel(const __grid_constant__ RefineArgs a) {
-    const int64_t slot = blockIdx.x / a.heads.count;
+    const int slot = blockIdx.x / a.heads.count;
     const int head = a.heads.first + blockIdx.x % a.heads.count, lane = threadIdx.x % 32;
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
-    const HardRows rows = rows_to_refine(a.hard_rows[slot * a.heads.all + head]);
+    const HardRows rows = rows_to_refine(a.hard_rows[int64_t(slot) * a.heads.all + head]);
     if (rows == 0) return;
     float* const x = static_cast<float*>(a.x.data) + row_offset(a.x, chunk, 0, head);
     const float* const correction = static_cast<const float*>(a.correction.data) +
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads) add_correction_kernel(const __grid_c
 template <Product product>
 cudaError_t launch_walk(const RefineArgs& a, cudaStream_t stream) {
     const int width = product == Product::residual ? a.problem.K : a.problem.V;
-    const int64_t blocks = int64_t(a.problem.N) * a.heads.count * tiles(width);
+    const int64_t blocks = int64_t(a.problem.N) * a.heads.count.value() * tiles(width);
     if (tiles(a.problem.K) == 1) return launch(walk_kernel<product, 1>, a, blocks, sizeof(Shared<1>), stream);
     return launch(walk_kernel<product, 2>, a, blocks, sizeof(Shared<2>), stream);
 }
@@ -197,7 +197,7 @@ cudaError_t launch_residuals(const RefineArgs& a, cudaStream_t stream) {
 cudaError_t launch_refined(const RefineArgs& a, cudaStream_t stream) {
     const cudaError_t status = launch_walk<Product::read_out>(a, stream);
     if (status != cudaSuccess) return status;
-    return launch(add_correction_kernel, a, a.problem.slots() * a.heads.count, 0, stream);
+    return launch(add_correction_kernel, a, a.problem.slots() * a.heads.count.value(), 0, stream);
 }
 
 }  // namespace mesa

@@ -46,10 +46,29 @@ struct Shared {
 };
 
 // Of positive numbers: their bits are in the same order.
-__device__ __forceinline__ uint32_t smallest_lamb_exponent(const LambPair* lamb, int pairs, int lane) {
-    float m = lamb[lane].lamb[0];
-    for (int i = lane; i < pairs; i += 32) m = fminf(m, fminf(lamb[i].lamb[0], lamb[i].lamb[1]));
+template <int KTiles>
+__device__ __forceinline__ uint32_t smallest_lamb_exponent(const LambPair* lamb, int lane) {
+    float m = INFINITY;
+#pragma unroll
+    for (int kt = 0; kt < KTiles; ++kt) {
+        const float2 pair = *reinterpret_cast<const float2*>(lamb[kt * (kChunk / 2) + lane].lamb);
+        m = fminf(m, fminf(pair.x, pair.y));
+    }
     return __reduce_min_sync(0xffffffffu, __float_as_uint(m)) >> 23;
+}
+
+// The largest of all tokens' numbers up to `row`, of which each lane has two neighbouring ones.
+__device__ __forceinline__ float largest_up_to(int row, const float (&own)[2], int lane) {
+    float total = fmaxf(own[0], own[1]);
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const float before = __shfl_up_sync(0xffffffffu, total, d);
+        if (lane >= d) total = fmaxf(total, before);
+    }
+    const float before = __shfl_up_sync(0xffffffffu, total, 1);
+    const float of_even = __shfl_sync(0xffffffffu, lane == 0 ? own[0] : fmaxf(before, own[0]), row / 2);
+    const float of_odd = __shfl_sync(0xffffffffu, total, row / 2);
+    return row % 2 ? of_odd : of_even;
 }
 
 __device__ __forceinline__ LambPair lamb_at(const LambPair* lane_lamb, int tile, int n) {
@@ -113,12 +132,12 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     auto& sm = *reinterpret_cast<SharedMemory*>(shared_bytes);
     __builtin_assume(threadIdx.x < kThreads);  // or the ends of loops over threads would need registers throughout
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t slot = blockIdx.x / a.heads.count;
+    const int slot = blockIdx.x / a.heads.count;
     const int head = a.heads.first + blockIdx.x % a.heads.count;
     const Chunk chunk = find_chunk(a.problem, slot);
     if (chunk.length == 0) return;
     constexpr bool kFindsHard = kind == Solve::forward && KeyTerms == 2;
-    if (kind == Solve::correction && a.hard_rows[slot * a.heads.all + head] == 0) return;
+    if (kind == Solve::correction && a.hard_rows[int64_t(slot) * a.heads.all + head] == 0) return;
 
     // Loads: everything is asked for at once, the tokens first; the state comes while they are worked on. The right-
     // hand side waits in x's place, the keys' row scales (they go into beta, the weight of score (i, j)) in that of the
@@ -153,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     ptx::cp_async_commit();
     constexpr int kLambPairs = KTiles * kChunk / 2;
     const uint32_t lamb_exponent =
-        smallest_lamb_exponent(a.lamb + (head / a.states.group) * kLambPairs, kLambPairs, lane);
+        smallest_lamb_exponent<KTiles>(a.lamb + (head / a.states.group) * kLambPairs, lane);
     store_gates(sm.gates, gates);
     ptx::cp_async_wait<1>();
     Acc r[KTiles];
@@ -196,43 +215,45 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         }
     }
     __syncthreads();
-    const int token = threadIdx.x;  // of the first 64 threads
-    if (token < kChunk) sm.gates.beta[token] *= sm.key_scale[token] * sm.key_scale[token];
-    __syncthreads();
+
+    // The scores' weights without decay. Every warp has all of them, two neighbouring tokens in each lane.
+    const auto weight_of = [&](int t) { return sm.gates.beta[t] * (sm.key_scale[t] * sm.key_scale[t]); };
+    const float weights[2] = {weight_of(lane * 2), weight_of(lane * 2 + 1)};
+    // Rows before the first token that is not mild take the short way. No row depends on a later token in this.
+    const auto is_mild = [&](int e) {
+        return fabsf(sm.gates.hi[lane * 2 + e] - sm.gates.hi[0]) < kMildDecay && weights[e] < kMildWeight;
+    };
+    const int mild_rows =
+        __reduce_min_sync(0xffffffffu, !is_mild(0) ? lane * 2 : !is_mild(1) ? lane * 2 + 1 : kChunk);
 
     // Per row: a power of two `mu` >= the row's largest weight, which keeps the scores in fp16.
     const int first_row = warp * 16;
     const int own_row = first_row + acc_row(lane, lane & 1);  // whose scalars this lane keeps
-    float largest = 0.f;
-    for (int j = lane & 2; j <= own_row; j += 4)
-        largest = fmaxf(largest, fmaxf(sm.gates.decay(own_row, j) * sm.gates.beta[j],
-                                       j < own_row ? sm.gates.decay(own_row, j + 1) * sm.gates.beta[j + 1] : 0.f));
+    const float largest = largest_up_to(own_row, {ptx::log2_approx(weights[0]) - sm.gates.hi[lane * 2],
+                                                  ptx::log2_approx(weights[1]) - sm.gates.hi[lane * 2 + 1]}, lane);
     // Where the state before the chunk outweighs the chunk beyond float32, a larger mu keeps their ratio finite.
+    const float log_mu = sm.gates.hi[own_row] + fmaxf(largest, ptx::log2_approx(largest_h_scale) - 80.f);
+    const float mu = pow2(static_cast<int>(floorf(fminf(fmaxf(log_mu, -126.f), 125.f))) + 1);
     const float from_start = sm.gates.decay_from_start(own_row) * largest_h_scale;
-    largest = fmaxf(largest, from_start * pow2(-80));
-    const float mu = scale_to(fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)), -1).down;
     const float own_weight = pow2_inverse(mu) * ptx::exp2_approx(sm.gates.lo[own_row]);
     RowScales own_scales;  // a row's true values are its scale times what is stored
     own_scales.set_first(mu);
     own_scales.add_second(sm.key_scale[own_row]);
-    const float small_decay = ptx::exp2_approx(-sm.gates.lo[token % kChunk]);
-    // Rows before the first token that is not mild take the short way. No row depends on a later token in this.
-    const auto is_mild = [&](int j) {
-        return fabsf(sm.gates.hi[j] - sm.gates.hi[0]) < kMildDecay && sm.gates.beta[j] < kMildWeight;
-    };
-    const int mild_rows = __reduce_min_sync(
-        0xffffffffu, !is_mild(lane) ? lane : !is_mild(lane + 32) ? lane + 32 : kChunk);
+    const int token = threadIdx.x % kChunk;
+    const float weight = weight_of(token) * ptx::exp2_approx(-sm.gates.lo[token]);
     __syncthreads();
-    if (token < kChunk) {
-        const float weight = sm.gates.beta[token] * small_decay;
+    if (threadIdx.x < kChunk) {
         sm.gates.beta[token] = weight;
         sm.mild_weight[token] = weight * ptx::exp2_approx(sm.gates.hi[0] - sm.gates.hi[token]);
     }
     if (lane % 4 < 2) sm.gates.lo[own_row] = pow2_inverse(mu) * from_start;
     const float* const start_weight = sm.gates.lo;
-    float h_share[KTiles];  // a column tile's scale, over the largest
-#pragma unroll
-    for (int ct = 0; ct < KTiles; ++ct) h_share[ct] = KTiles == 1 ? 1.f : h_scale[ct] * pow2_inverse(largest_h_scale);
+    PowersOfTwo h_shares = {__float_as_uint(1.f)};  // each column tile's scale, over the largest
+    if constexpr (KTiles == 2) {
+        h_shares.set_first(h_scale[0] * pow2_inverse(largest_h_scale));
+        h_shares.add_second(h_scale[1] * pow2_inverse(largest_h_scale));
+    }
+    const auto h_share = [&](int ct) { return ct == 0 ? h_shares.first() : h_shares.second(); };
 
     // This lane's columns are at constant distances from here. Opaque: an index is kept from step to step, no address.
     const unsigned lamb_index = (head / a.states.group) * kLambPairs + lane % 4;
@@ -350,8 +371,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         const auto scale_by_decay = [&] {
 #pragma unroll
             for (int ct = 0; ct < KTiles; ++ct)
-                scale_rows(ap[ct], start_weight[first_row + acc_row(lane, 0)] * h_share[ct],
-                           start_weight[first_row + acc_row(lane, 1)] * h_share[ct]);
+                scale_rows(ap[ct], start_weight[first_row + acc_row(lane, 0)] * h_share(ct),
+                           start_weight[first_row + acc_row(lane, 1)] * h_share(ct));
         };
         if constexpr (isa == Isa::hopper) {
             static_assert(KeyTerms == 1, "two-term keys leave no room for a second block on the multiprocessor");
@@ -480,7 +501,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     // Where this thread is and where its results go is found anew rather than kept through the steps.
     const unsigned block = blockIdx.x ^ zero_for_next, thread = threadIdx.x ^ zero_for_next;
     const int end_lane = thread % 32, end_first_row = thread / 32 * 16;
-    const int64_t to_slot = block / a.heads.count;
+    const int to_slot = block / a.heads.count;
     const int to_head = a.heads.first + block % a.heads.count;
     const Chunk to_write = find_chunk(a.problem, to_slot);
     const float rhs_scale_of[2] = {scales_of_row(own_scales, 0, end_lane).rhs(),
@@ -509,7 +530,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         const bool own_hard = step_range.hard() && row.bound_squared() <= a.tolerance * a.tolerance;
         const bool hard = __shfl_sync(0xffffffffu, own_hard, end_lane % 8 * 4 + end_lane / 8 % 2);
         const uint32_t rows = __ballot_sync(0xffffffffu, hard);
-        HardRows* const to = a.hard_rows + to_slot * a.heads.all + to_head;
+        HardRows* const to = a.hard_rows + int64_t(to_slot) * a.heads.all + to_head;
         if (end_lane == 0) reinterpret_cast<uint16_t*>(to)[thread / 32] = static_cast<uint16_t>(rows);
     }
 
@@ -539,7 +560,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
                     const float* const p = &part[ct].c[n][half * 2];
                     tile_sum = fmaf(pair.x, p[0], fmaf(pair.y, p[1], tile_sum));
                 }
-                sum = fmaf(h_share[ct], tile_sum, sum);
+                sum = fmaf(h_share(ct), tile_sum, sum);
             }
             sum = quad_sum(sum) * (x_scale[half] * (start_weight[t] * scales_of_row(own_scales, half, end_lane).mu()));
             if (end_lane % 4 == 0 && t < to_write.length)
@@ -625,7 +646,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
 
 template <Isa isa, int KTiles, int KeyTerms, Solve kind>
 cudaError_t launch_solver(const SolveArgs& a, cudaStream_t stream) {
-    return launch(solve_kernel<isa, KTiles, KeyTerms, kind>, a, a.problem.slots() * a.heads.count,
+    return launch(solve_kernel<isa, KTiles, KeyTerms, kind>, a, a.problem.slots() * a.heads.count.value(),
                   sizeof(Shared<KTiles, KeyTerms, kind>), stream);
 }
 

@@ -255,9 +255,9 @@ __device__ __forceinline__ int64_t state_offset(int K, int width, int row, int c
 }
 
 // A thread's 32 numbers of a segment's sum; the order within a tile is the blocks' own affair.
-__device__ __forceinline__ float4* segment_part(const StateArgs& a, int64_t segment, int head, int column_tiles,
+__device__ __forceinline__ float4* segment_part(const StateArgs& a, int segment, int head, int column_tiles,
                                                 int tile) {
-    const int64_t place = (segment * a.heads.count + head - a.heads.first) * column_tiles + tile;
+    const int64_t place = int64_t(segment * a.heads.count.value() + head - a.heads.first) * column_tiles + tile;
     return reinterpret_cast<float4*>(a.segment_sums) + place * 8 * blockDim.x + threadIdx.x;
 }
 
@@ -287,14 +287,13 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     const int value_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = value_tiles + KTiles;
     const int tile = blockIdx.x % column_tiles;
     const int head = a.heads.first + (blockIdx.x / column_tiles) % a.heads.count;
-    const int64_t segment = blockIdx.x / column_tiles / a.heads.count;
+    const int segment = blockIdx.x / column_tiles / a.heads.count;
 
     // This segment's chunks, [first, end) in the order of time, and its place in the order of the walk.
-    const int segment_tokens = a.problem.segment_chunks * kChunk;
-    const int n = sequence_at(a.problem, segment, segment_tokens);
-    const int index_of_segment = static_cast<int>(segment - find_sequence(a.problem, n, segment_tokens).first_slot);
-    const Sequence sequence = find_sequence(a.problem, n, kChunk);
-    const int chunks = static_cast<int>((sequence.length + kChunk - 1) / kChunk);
+    const int n = sequence_at(a.problem, segment, a.problem.segments);
+    const int index_of_segment = segment - find_sequence(a.problem, n, a.problem.segments).first_slot;
+    const Sequence sequence = find_sequence(a.problem, n, a.problem.chunks);
+    const int chunks = (sequence.length + kChunk - 1) / kChunk;
     const int first = index_of_segment * a.problem.segment_chunks;
     if (index_of_segment < 0 || (first >= chunks && index_of_segment > 0)) return;  // the place is not in use
     const int end = min(first + a.problem.segment_chunks, chunks);
@@ -323,7 +322,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     // Step i of the walk is at chunk first_index + i or, reverse, - i. Only a sequence's last chunk may be short.
     const int steps = end - first, first_index = a.reverse ? end - 1 : first;
     const int last_step = a.reverse ? first_index - (chunks - 1) : chunks - 1 - first_index;
-    const int last_length = static_cast<int>(sequence.length - int64_t(chunks - 1) * kChunk);
+    const int last_length = sequence.length - (chunks - 1) * kChunk;
     const auto length_at = [&](int step) { return step == last_step ? last_length : kChunk; };
 
     // Rows on their way; the values may be of any dtype where the keys are float32.
@@ -478,7 +477,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         if (overlaps) {
 #pragma unroll
             for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-            const int64_t chunk_and_head = (sequence.first_slot + first_index - step) * a.heads.all + head;
+            const int64_t chunk_and_head = int64_t(sequence.first_slot + first_index - step) * a.heads.all + head;
             if (lane == 0)
                 a.overlaps[(chunk_and_head * column_tiles + tile) * kWarps + warp] =
                     sum * pow2_inverse(sm.state_scale) * sm.before_scale;
@@ -542,7 +541,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
 #pragma unroll
         for (int i = 0; i < 8; ++i) part[i * kBlock] = {state.c[i][0], state.c[i][1], state.c[i][2], state.c[i][3]};
         if (tile == 0 && threadIdx.x == 0)
-            a.segment_decays[segment * a.heads.count + head - a.heads.first] = ptx::exp2_approx(segment_log_decay);
+            a.segment_decays[segment * a.heads.count.value() + head - a.heads.first] =
+                ptx::exp2_approx(segment_log_decay);
     } else {
         float* to = source ? a.end_kk : a.end_kv;
         if (!to || !is_last) return;
@@ -560,16 +560,18 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
 
 // The state before a segment takes the place of the segment's sum; one thread for four numbers of a sequence and head.
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ StateArgs a) {
-    const int blocks = gridDim.x / (a.problem.N * a.heads.count), size = blocks * kThreads;  // of a segment and head
+    const int blocks = gridDim.x / (a.problem.N * a.heads.count.value());  // of a segment and head
+    const int size = blocks * kThreads;
     const int part = blockIdx.x % blocks * kThreads + threadIdx.x;
     const int head = (blockIdx.x / blocks) % a.heads.count;  // of those that are worked on
     const int n = blockIdx.x / blocks / a.heads.count;
-    const int segment_tokens = a.problem.segment_chunks * kChunk;
-    const Sequence sequence = find_sequence(a.problem, n, segment_tokens);
-    const int64_t segments = (sequence.length + segment_tokens - 1) / segment_tokens;
+    const Places& places = a.problem.segments;
+    const Sequence sequence = find_sequence(a.problem, n, places);
+    const int segments = (sequence.length + places.tokens.value() - 1) / places.tokens;
     float4 state = {0.f, 0.f, 0.f, 0.f};
-    for (int64_t i = 0; i < segments; ++i) {
-        const int64_t place = (sequence.first_slot + (a.reverse ? segments - 1 - i : i)) * a.heads.count + head;
+    for (int i = 0; i < segments; ++i) {
+        const int64_t place =
+            int64_t(sequence.first_slot + (a.reverse ? segments - 1 - i : i)) * a.heads.count.value() + head;
         float4& at = reinterpret_cast<float4*>(a.segment_sums)[place * size + part];
         if (i + 1 == segments) {  // whose sum nobody needs
             at = state;
@@ -584,12 +586,12 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
 }
 
 int64_t combine_blocks(const StateArgs& a) {
-    return a.problem.N * a.heads.count * (segment_sum_size(a.problem) / 4 / kThreads);
+    return int64_t(a.problem.N) * a.heads.count.value() * (segment_sum_size(a.problem) / 4 / kThreads);
 }
 
 template <Isa isa, int KTiles, int KeyTerms>
 cudaError_t launch_states(const StateArgs& a, cudaStream_t stream) {
-    const int64_t blocks = a.problem.segments() * a.heads.count * (tiles(a.problem.V) + KTiles);
+    const int64_t blocks = a.problem.segment_count() * a.heads.count.value() * (tiles(a.problem.V) + KTiles);
     const size_t shared = sizeof(Shared<KTiles, KeyTerms>);
     const int threads = KTiles * kThreads;
     if (a.problem.segmented()) {

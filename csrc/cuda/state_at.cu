@@ -18,9 +18,9 @@ __global__ void __launch_bounds__(2 * kMaxWidth) state_at_kernel(const __grid_co
     // Neighbouring blocks start from the same state.
     const int block = blockIdx.x, m = block % a.M, tile = block / a.M % tiles, head = block / a.M / tiles % a.heads;
     const int n = block / a.M / tiles / a.heads;
-    const Sequence sequence = find_sequence(a.problem, n, kChunk);
+    const Sequence sequence = find_sequence(a.problem, n, a.problem.chunks);
     const int64_t wanted = a.state_at[int64_t(n) * a.M + m];
-    const int64_t count = wanted < 0 ? 0 : (wanted < sequence.length ? wanted : sequence.length);
+    const int count = wanted < 0 ? 0 : (wanted < sequence.length ? static_cast<int>(wanted) : sequence.length);
 
     const int first_row = tile * kRows, rows = min(kRows, K - first_row);
     const bool is_v = int(threadIdx.x) < V;
@@ -34,9 +34,8 @@ __global__ void __launch_bounds__(2 * kMaxWidth) state_at_kernel(const __grid_co
 #pragma unroll
     for (int r = 0; r < kRows; ++r) s[r] = start && r < own_rows ? start[place(n) + int64_t(r) * width] : 0.f;
 
-    for (int64_t first = 0; first < count; first += kTokens) {
-        const int64_t token = sequence.token + first;
-        const int tokens = static_cast<int>(count - first < kTokens ? count - first : kTokens);
+    for (int first = 0; first < count; first += kTokens) {
+        const int token = sequence.token + first, tokens = min(count - first, kTokens);
         uint32_t bits[kTokens];
 #pragma unroll
         for (int t = 0; t < kTokens; ++t)
@@ -49,7 +48,7 @@ __global__ void __launch_bounds__(2 * kMaxWidth) state_at_kernel(const __grid_co
         }
         if (int(threadIdx.x) < tokens) {
             const int64_t at =
-                (sequence.batch * a.problem.T + token + threadIdx.x) * a.gates.heads + head / a.gates.group;
+                int64_t(sequence.batch * a.problem.T + token + int(threadIdx.x)) * a.gates.heads + head / a.gates.group;
             decay[threadIdx.x] = expf(a.gates.g[at]);
             beta[threadIdx.x] = a.gates.beta[at];
         }

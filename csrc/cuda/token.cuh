@@ -12,7 +12,7 @@ namespace mesa {
 __device__ __forceinline__ uint32_t fetch_row_value(const Rows& m, int b, int64_t t, int head, int col) {
     if (col >= m.width) return 0;
     const int64_t at =
-        b * m.batch_stride + t * m.token_stride + (m.group == 1 ? head : head / m.group) * m.head_stride + col;
+        b * m.batch_stride + t * m.token_stride + int64_t(head / m.group) * m.head_stride + col;
     if (m.dtype == DType::f32) return static_cast<const uint32_t*>(m.data)[at];
     return static_cast<const uint16_t*>(m.data)[at];
 }
@@ -26,7 +26,7 @@ __device__ __forceinline__ float converted(uint32_t bits, DType dtype) {
 }
 
 __device__ __forceinline__ void set_row_value(const Rows& m, int b, int64_t t, int head, int col, float v) {
-    const int64_t at = b * m.batch_stride + t * m.token_stride + head * m.head_stride + col;
+    const int64_t at = b * m.batch_stride + t * m.token_stride + int64_t(head) * m.head_stride + col;
     switch (m.dtype) {
         case DType::f16: static_cast<__half*>(m.data)[at] = __float2half_rn(v); break;
         case DType::bf16: static_cast<__nv_bfloat16*>(m.data)[at] = __float2bfloat16_rn(v); break;

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -341,7 +342,9 @@ struct Pass {
         return {in.T, in.sequences(), in.bounds.empty() ? nullptr : in.bounds.data(), in.K, in.V, false,
                 segment_chunks};
     }
-    static size_t segments(const Inputs& in, Variant variant) { return shape(in, variant.segment_chunks).segments(); }
+    static size_t segments(const Inputs& in, Variant variant) {
+        return shape(in, variant.segment_chunks).segment_count();
+    }
     static size_t slots(const Inputs& in) { return shape(in).slots(); }
     static size_t panels(const Inputs& in) { return slots(in) * split_state_panels(shape(in)); }  // of a head
     static size_t scales(const Inputs& in) { return slots(in) * (tiles(in.V) + tiles(in.K)); }
@@ -356,7 +359,7 @@ struct Pass {
     // Every group's states in the same place.
     SplitStates states_of(const Array<__half>& panels, const Array<float>& scales, int all, int group) const {
         const Heads heads = heads_at_hand(all);
-        return {panels.data, scales.data, heads.count, group, heads.first};
+        return {panels.data, scales.data, heads.count.value(), group, heads.first};
     }
     SplitStates states() const { return states_of(state_panels, state_scales, HS, H / HS); }
     SplitStates adjoints() const {
@@ -734,8 +737,31 @@ bool has_hopper() {
     return major == 9;
 }
 
+bool test_divisors() {
+    constexpr int64_t kMost = std::numeric_limits<int>::max();
+    std::mt19937 random(1);
+    std::vector<int64_t> divisors = {kMost, kMost - 1};
+    for (int64_t d = 1; d <= 300; ++d) divisors.push_back(d);
+    for (int64_t power = 512; power < kMost; power *= 2)
+        for (int64_t d : {power - 1, power, power + 1, power + int64_t(random() % power)}) divisors.push_back(d);
+    for (int64_t d : divisors) {
+        const Divisor divisor(d);
+        for (int i = 0; i < 1000; ++i) {
+            const int64_t multiple = kMost / d - (i < 100 ? i : random() % (kMost / d + 1));
+            for (int64_t n : {multiple * d, multiple * d - 1, multiple * d + int64_t(random() % d)}) {
+                if (n < 0 || n > kMost) continue;
+                const int m = static_cast<int>(n);
+                if (m / divisor == n / d && m % divisor == n % d && uint32_t(m) / divisor == uint32_t(n / d)) continue;
+                std::printf("%d / %d is not %d  WRONG\n", m, int(d), m / divisor);
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 bool test() {
-    bool ok = true;
+    bool ok = test_divisors();
     for (DType dtype : {DType::f16, DType::bf16, DType::f32}) {
         for (bool hopper : {false, true}) {
             if (hopper && !has_hopper()) continue;

@@ -52,6 +52,7 @@ template <typename T>
 T* opaque_shared(T* p) { return p; }
 inline void prefetch_l2(const void*) {}
 inline float exp2_approx(float x) { return exp2f(x); }
+inline float log2_approx(float x) { return log2f(x); }
 
 inline void fence_async_shared() {}
 
