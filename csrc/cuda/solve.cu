@@ -6,7 +6,7 @@
 //
 //     A P = e^{gc} (P H_c) + ((P K') o M) K + P Lambda        O = e^{gc} (X G_c) + ((X K') o M) V
 //
-// H lies in shared memory as hi + lo, K in one term (two if it came in float32). P is rounded once to fp16, with a
+// H is symmetric, so that of its tiles those on and below the diagonal are enough. It lies in shared memory as hi + lo, K in one term (two if it came in float32). P is rounded once to fp16, with a
 // power-of-two scale per row, and that same P enters A P, p.Ap and x += alpha p, so that rounding it costs no accuracy.
 // The read-out, which happens once and is where precision would be lost last, takes X and the scores in two terms.
 // A warp owns 16 rows. With mma.sync it shares nothing with the other warps but read-only memory and ends its steps
@@ -31,7 +31,7 @@ struct Shared {
     static constexpr int kValues = kMaxVTiles * KeyTerms * kPanel;
 
     __half keys[KTiles * KeyTerms * kPanel];    // row-scaled to a largest element in [1, 2)
-    __half h[kMaxVTiles * KTiles * 2 * kPanel];  // [column tile][row tile][hi, lo]; before or after the solve G
+    __half h[kMaxVTiles * KTiles * 2 * kPanel];  // see copy_h_async; before or after the solve G as it lies in memory
     union {
         float4 x[KTiles * 8 * kThreads];  // each thread's own part, in accumulator layout
         __half values[(kind == Solve::adjoint ? 2 : 1) * kValues];  // and do behind them
@@ -116,6 +116,66 @@ __device__ __forceinline__ void copy_tiles_async(__half* to, const SplitStates& 
         copy_panels_async<Panels>(to + tile * Panels * kPanel, from.panels + (place + tile) * Panels * kPanel);
 }
 
+// Of H, symmetric, the tiles (0, 0), (1, 0) and (1, 1), all hi terms before all lo terms. `from` is where H begins.
+template <int KTiles>
+constexpr int kHTiles = KTiles * (KTiles + 1) / 2;
+
+template <int KTiles, typename F>
+__device__ __forceinline__ void for_h_tiles(const __half* from, const F& f) {
+#pragma unroll
+    for (int tile = 0; tile < kHTiles<KTiles>; ++tile) f(tile, from + (tile + tile / 2) * 2 * kPanel);
+}
+
+template <int KTiles>
+__device__ __forceinline__ void copy_h_async(__half* to, const __half* from) {
+    for_h_tiles<KTiles>(from, [to](int tile, const __half* hi) {
+        copy_panels_async<1>(to + tile * kPanel, hi);
+        copy_panels_async<1>(to + (kHTiles<KTiles> + tile) * kPanel, hi + kPanel);
+    });
+}
+
+// What this thread has copied of the panels, times a power of two.
+template <int Panels>
+__device__ __forceinline__ void scale_own_part(__half* panels, float factor) {
+    const __half2 by = __float2half2_rn(factor);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Panels * kPanel / 8; i += kThreads) {
+        uint4& piece = reinterpret_cast<uint4*>(panels)[i];
+        uint4 v = piece;
+        for (uint32_t* word : {&v.x, &v.y, &v.z, &v.w}) {
+            __half2& pair = reinterpret_cast<__half2&>(*word);
+            pair = __hmul2(pair, by);
+        }
+        piece = v;
+    }
+}
+
+// The two column tiles of H have scales of their own. Makes the larger one that of all, once this thread's part has
+// come. (The smaller tile's numbers stay exact up to a factor of 2^15 between the two.)
+template <int KTiles>
+__device__ __forceinline__ void to_common_scale(__half* h, const float* scales) {
+    if constexpr (KTiles == 2) {
+        constexpr int kLo = kHTiles<2> * kPanel;
+        const float ratio = scales[1] * pow2_inverse(scales[0]);
+        if (ratio > 1.f) {
+            scale_own_part<2>(h, pow2_inverse(ratio));
+            scale_own_part<2>(h + kLo, pow2_inverse(ratio));
+        } else if (ratio < 1.f) {
+            scale_own_part<1>(h + 2 * kPanel, ratio);
+            scale_own_part<1>(h + 2 * kPanel + kLo, ratio);
+        }
+    }
+}
+
+// acc = P H.
+template <Isa isa, int KTiles, int Terms>
+__device__ __forceinline__ void multiply_by_h(Acc (&acc)[KTiles], const Operand<Terms> (&p)[KTiles], const __half* h,
+                                              int lane) {
+    constexpr int kLo = kHTiles<KTiles> * kPanel;
+    mma_ABt<isa, 2, false>(acc, p[0], h, lane, kLo);
+    if constexpr (KTiles == 2) mma_AB<isa, 2>(acc, p[1], h + kPanel, kPanel, lane, kLo);
+}
+
 // Whether any row of those that go on together is active.
 template <Isa isa>
 __device__ __forceinline__ bool any_active(bool active) {
@@ -168,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     ptx::cp_async_commit();
     if constexpr (kind == Solve::adjoint)
         copy_tiles_async<KTiles * 2>(sm.h, a.states, place - value_tiles, value_tiles);  // G
-    else copy_panels_async<KTiles * KTiles * 2>(sm.h, a.states.panels + place * KTiles * 2 * kPanel);
+    else copy_h_async<KTiles>(sm.h, a.states.panels + place * KTiles * 2 * kPanel);
     ptx::cp_async_commit();
     constexpr int kLambPairs = KTiles * kChunk / 2;
     const uint32_t lamb_exponent =
@@ -178,7 +238,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     Acc r[KTiles];
     if constexpr (kind == Solve::adjoint) {
         prefetch_rows(a.forward_x, chunk, head);
-        prefetch_panels<KTiles * KTiles * 2>(a.states.panels + place * KTiles * 2 * kPanel);
+        for_h_tiles<KTiles>(a.states.panels + place * KTiles * 2 * kPanel,
+                            [](int, const __half* tile) { prefetch_panels<2>(tile); });
         PowersOfTwo* const scales = sm.token_scales;  // those of a token come from the same thread
         const auto put_first = [scales](int t, float scale) { scales[t].set_first(scale); };
         const auto put_second = [scales](int t, float scale) { scales[t].add_second(scale); };
@@ -203,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         __syncthreads();  // G has been used
         const int64_t place_again =  // to be found anew rather than kept
             state_tile(a.states, ptx::opaque(blockIdx.x) / a.heads.count, head, column_tiles, value_tiles);
-        copy_panels_async<KTiles * KTiles * 2>(sm.h, a.states.panels + place_again * KTiles * 2 * kPanel);
+        copy_h_async<KTiles>(sm.h, a.states.panels + place_again * KTiles * 2 * kPanel);
         ptx::cp_async_commit();
         if (threadIdx.x < kChunk) sm.key_scale[threadIdx.x] = scales[threadIdx.x].second();
     } else {
@@ -248,12 +309,6 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     }
     if (lane % 4 < 2) sm.gates.lo[own_row] = pow2_inverse(mu) * from_start;
     const float* const start_weight = sm.gates.lo;
-    PowersOfTwo h_shares = {__float_as_uint(1.f)};  // each column tile's scale, over the largest
-    if constexpr (KTiles == 2) {
-        h_shares.set_first(h_scale[0] * pow2_inverse(largest_h_scale));
-        h_shares.add_second(h_scale[1] * pow2_inverse(largest_h_scale));
-    }
-    const auto h_share = [&](int ct) { return ct == 0 ? h_shares.first() : h_shares.second(); };
 
     // This lane's columns are at constant distances from here. Opaque: an index is kept from step to step, no address.
     const unsigned lamb_index = (head / a.states.group) * kLambPairs + lane % 4;
@@ -304,6 +359,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     [[maybe_unused]] StepRange step_range;
     float direction = direction_scale(row.pp, lamb_exponent);  // stored p = direction * p
     ptx::cp_async_wait<0>();
+    to_common_scale<KTiles>(sm.h, h_scale);
     publish_shared<isa>();
     __syncthreads();
     Operand<1> p[KTiles];
@@ -363,16 +419,11 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     for (int step = 0; step < a.max_iterations && any_active<isa>(row.active()); ++step) {
         const auto mu_of_row = [&](int half) { return scales_of_row(own_scales, half, lane).mu(); };
         Acc ap[KTiles];
-        const auto multiply_by_state = [&] {
-            constexpr int kNextColumns = KTiles * 2 * kPanel, kNextRows = 2 * kPanel;
-            mma_AB<isa, 2, false>(ap, p[0], sm.h, kNextColumns, lane);
-            if constexpr (KTiles == 2) mma_AB<isa, 2>(ap, p[1], sm.h + kNextRows, kNextColumns, lane);
-        };
         const auto scale_by_decay = [&] {
+            const float weight[2] = {start_weight[first_row + acc_row(lane, 0)],
+                                     start_weight[first_row + acc_row(lane, 1)]};
 #pragma unroll
-            for (int ct = 0; ct < KTiles; ++ct)
-                scale_rows(ap[ct], start_weight[first_row + acc_row(lane, 0)] * h_share(ct),
-                           start_weight[first_row + acc_row(lane, 1)] * h_share(ct));
+            for (int ct = 0; ct < KTiles; ++ct) scale_rows(ap[ct], weight[0], weight[1]);
         };
         if constexpr (isa == Isa::hopper) {
             static_assert(KeyTerms == 1, "two-term keys leave no room for a second block on the multiprocessor");
@@ -381,7 +432,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
             mma_ABt<isa, 1, false>(scores, p[0], sm.keys, lane);
             if constexpr (KTiles == 2) mma_ABt<isa, 1>(scores, p[1], sm.keys + kPanel, lane);
             products_commit<isa>();
-            multiply_by_state();
+            multiply_by_h<isa>(ap, p, sm.h, lane);
             products_commit<isa>();
             products_wait<isa, 1>(scores);
             {
@@ -396,7 +447,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
             mma_AB<isa, 1>(ap, weights, sm.keys, kPanel, lane);
             products_end<isa>(ap[0], ap[KTiles - 1]);
         } else {
-            multiply_by_state();
+            multiply_by_h<isa>(ap, p, sm.h, lane);
             scale_by_decay();
             // (P K') o M, some tokens j at a time, to keep within the registers; this warp's rows see none past its
             // last.
@@ -543,8 +594,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         for (int kt = 0; kt < KTiles; ++kt) acc_operand(queries[kt], x[kt]);
         Acc part[KTiles];
         products_begin<isa>(part[0], part[KTiles - 1]);
-        mma_AB<isa, 2, false>(part, queries[0], sm.h, KTiles * 2 * kPanel, end_lane);
-        if constexpr (KTiles == 2) mma_AB<isa, 2>(part, queries[1], sm.h + 2 * kPanel, KTiles * 2 * kPanel, end_lane);
+        multiply_by_h<isa>(part, queries, sm.h, end_lane);
         products_end<isa>(part[0], part[KTiles - 1]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -553,14 +603,12 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
 #pragma unroll
             for (int ct = 0; ct < KTiles; ++ct) {
                 const StripRow forward_x(a.forward_x, to_write, to_head, t, ct * kChunk, end_lane);
-                float tile_sum = 0.f;
 #pragma unroll
                 for (int n = 0; n < 8; ++n) {
                     const float2 pair = forward_x.pair(n);
                     const float* const p = &part[ct].c[n][half * 2];
-                    tile_sum = fmaf(pair.x, p[0], fmaf(pair.y, p[1], tile_sum));
+                    sum = fmaf(pair.x, p[0], fmaf(pair.y, p[1], sum));
                 }
-                sum = fmaf(h_share(ct), tile_sum, sum);
             }
             sum = quad_sum(sum) * (x_scale[half] * (start_weight[t] * scales_of_row(own_scales, half, end_lane).mu()));
             if (end_lane % 4 == 0 && t < to_write.length)

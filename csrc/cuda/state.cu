@@ -13,6 +13,7 @@
 //
 // Sequences of several segments take three launches: the same walk without storing gives every segment's own sum,
 // `combine` makes of these the states before the segments, and the walk starts from those.
+#include <cfloat>
 #include <type_traits>
 
 #include "chunk.cuh"
@@ -394,6 +395,11 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         return a.before.panels + (before_place(step) * KTiles + row_tile) * 2 * kPanel + first_row * kChunk;
     };
 
+    // H is symmetric, and the solver leaves its tile above the diagonal alone: only adjoints meet it. (Those of float32
+    // meet all.)
+    const bool above_diagonal = KTiles == 2 && KeyTerms == 1 && source == 1 && row_tile * kChunk < col0;
+    const auto is_wanted = [&](int step) { return !above_diagonal || meets_state(first_index + step, chunks, false); };
+
     // The second half of a step is for what the next one needs.
     float decay = 1.f, log_decay = 0.f, key_scale = 1.f;
     const auto prepare = [&](int step) {
@@ -424,7 +430,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         }
         decay = sm.decay, log_decay = sm.log_decay;
         if (pass == Pass::states && warp == step % kWarps && lane == 0) {  // the warps take turns
-            const Pow2Scale s = scale_to(block_max(sm.state_max), 13);
+            const Pow2Scale s = scale_to(fmaxf(block_max(sm.state_max), FLT_MIN), 13);  // the smallest one for zeros
             sm.state_scale = s.up;
             if (meets(step)) sm.before_scale = a.before.scales[before_place(step)];
             a.states.scales[place + int64_t(places) * step] = s.down;
@@ -484,7 +490,6 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         }
         if (step + 1 < steps && meets(step + 1))  // a line for every lane
             ptx::prefetch_l2(before_panel(step + 1) + own / 16 * kPanel + own % 16 * kChunk);
-        panel_place += int64_t(places) * (KTiles * 2 * kPanel);
     };
 
     float segment_log_decay = 0.f;
@@ -507,7 +512,10 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         mma_panels<isa, true, false, KeyTerms, 2>(add, sm.keys[step % 2] + row_tile * KeyTerms * kPanel, first_row,
                                                   sm.values[step % 2], lane);
         products_commit<isa>();
-        if (pass == Pass::states) store_state(step);
+        if (pass == Pass::states) {
+            if (is_wanted(step)) store_state(step);
+            panel_place += int64_t(places) * (KTiles * 2 * kPanel);
+        }
         products_wait<isa, 0>(add);
 
         segment_log_decay += log_decay;

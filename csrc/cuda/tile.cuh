@@ -158,11 +158,11 @@ __device__ __forceinline__ void products_zero(Acc& acc) {
     if constexpr (isa == Isa::portable && !Add) zero(acc);
 }
 
-// acc[i] += A B_i and acc += A B' with operands of one or two terms; lo * lo is below the last bit. The panels of
-// neighbouring B_i lie `distance` elements apart.
+// acc[i] += A B_i and acc[i] += A B_i' with operands of one or two terms; lo * lo is below the last bit. The panels of
+// neighbouring B_i lie `distance` elements apart, or side by side; a panel's second term lies `term` elements behind it.
 template <Isa isa, int BTerms, bool Add = true, int Tiles, int ATerms>
 __device__ __forceinline__ void mma_AB(Acc (&acc)[Tiles], const Operand<ATerms>& a, const __half* b, int distance,
-                                       int lane) {
+                                       int lane, int term = kPanel) {
 #pragma unroll
     for (int i = 0; i < Tiles; ++i) products_zero<isa, Add>(acc[i]);
     const auto product = [&](auto add, const uint32_t(&strip)[4], const __half* b_term, int k) {
@@ -181,7 +181,7 @@ __device__ __forceinline__ void mma_AB(Acc (&acc)[Tiles], const Operand<ATerms>&
     for (int k = 0; k < 4; ++k) {
         if (k == 0) product(std::bool_constant<Add>(), a.term[0].r[k], b, k);
         else product(std::true_type(), a.term[0].r[k], b, k);
-        if constexpr (BTerms == 2) product(std::true_type(), a.term[0].r[k], b + kPanel, k);
+        if constexpr (BTerms == 2) product(std::true_type(), a.term[0].r[k], b + term, k);
         if constexpr (ATerms == 2) product(std::true_type(), a.term[1].r[k], b, k);
     }
 }
@@ -191,22 +191,35 @@ __device__ __forceinline__ void mma_AB(Acc& acc, const Operand<ATerms>& a, const
     mma_AB<isa, BTerms, Add>(reinterpret_cast<Acc(&)[1]>(acc), a, b, 0, lane);
 }
 
-template <Isa isa, int BTerms, bool Add = true, int ATerms>
-__device__ __forceinline__ void mma_ABt(Acc& acc, const Operand<ATerms>& a, const __half* b, int lane) {
-    products_zero<isa, Add>(acc);
+template <Isa isa, int BTerms, bool Add = true, int Tiles, int ATerms>
+__device__ __forceinline__ void mma_ABt(Acc (&acc)[Tiles], const Operand<ATerms>& a, const __half* b, int lane,
+                                        int term = kPanel) {
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i) products_zero<isa, Add>(acc[i]);
     const auto product = [&](auto add, const uint32_t(&strip)[4], const __half* b_term, int k) {
-        if constexpr (isa == Isa::hopper)
-            ptx::wgmma_m64n64k16<false, decltype(add)::value>(acc.c, strip,
-                                                              panel_descriptor(b_term) + k * kStepAlongRows);
-        else mma_ABt_step(acc.c, strip, b_term, k, lane);
+        if constexpr (isa == Isa::hopper) {
+            const uint32_t descriptor = panel_descriptor(b_term) + k * kStepAlongRows;
+            static_assert(Tiles <= 2);
+            constexpr bool kAdd = decltype(add)::value;
+            if constexpr (Tiles == 2) ptx::wgmma_m64n128k16<false, kAdd>(acc[0].c, acc[1].c, strip, descriptor);
+            else ptx::wgmma_m64n64k16<false, kAdd>(acc[0].c, strip, descriptor);
+        } else {
+#pragma unroll
+            for (int i = 0; i < Tiles; ++i) mma_ABt_step(acc[i].c, strip, b_term + i * kPanel, k, lane);
+        }
     };
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         if (k == 0) product(std::bool_constant<Add>(), a.term[0].r[k], b, k);
         else product(std::true_type(), a.term[0].r[k], b, k);
-        if constexpr (BTerms == 2) product(std::true_type(), a.term[0].r[k], b + kPanel, k);
+        if constexpr (BTerms == 2) product(std::true_type(), a.term[0].r[k], b + term, k);
         if constexpr (ATerms == 2) product(std::true_type(), a.term[1].r[k], b, k);
     }
+}
+
+template <Isa isa, int BTerms, bool Add = true, int ATerms>
+__device__ __forceinline__ void mma_ABt(Acc& acc, const Operand<ATerms>& a, const __half* b, int lane) {
+    mma_ABt<isa, BTerms, Add>(reinterpret_cast<Acc(&)[1]>(acc), a, b, lane);
 }
 
 // acc += A B with both in panels, for the warp's 16 rows from row0 on. A is stored [row][contraction] or, TransA,
