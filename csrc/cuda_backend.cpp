@@ -69,6 +69,14 @@ Rows rows_of(const Tensor& t, int64_t heads, int64_t width) {
             static_cast<int>(width), heads / t.size(2)};
 }
 
+// Rows of float32, one column tile wide, in the memory of a 16-bit tensor of two column tiles.
+Rows float_tile_in(const Tensor& t, int64_t heads, int64_t width) {
+    Rows rows = rows_of(t, heads, width);
+    rows.batch_stride /= 2, rows.token_stride /= 2, rows.head_stride /= 2;
+    rows.dtype = DType::f32;
+    return rows;
+}
+
 OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : std::nullopt; }
 
 void check_device_fits(const ProblemSize& p) {
@@ -405,11 +413,16 @@ std::vector<Tensor> chunk_backward(
     // gradients, in float32, which are then added up.
     const int64_t groups = head_groups(c);
     const bool own_dq = p.HO == p.HQ && q.scalar_type() != at::kFloat;
-    const Tensor w = empty_padded({p.B, p.T, own_dq ? p.HO / groups : p.HO, p.K}, f32);
-    const Tensor dq = own_dq ? empty_padded({p.B, p.T, p.HO, p.K}, q.options()) : w;
     const auto own = [&](int64_t shared_heads) { return p.HO == shared_heads ? q.options() : f32; };
     const Tensor dk = empty_padded({p.B, p.T, p.HO, p.K}, own(p.HK)),
                  dv = empty_padded({p.B, p.T, p.HO, p.V}, own(p.HS));
+    // Where dk and dv are 128 wide and of 16 bits, a row of w is as long as theirs together, and lies there until they
+    // are written.
+    const auto holds_a_tile = [](const Tensor& t) { return t.element_size() == 2 && t.size(3) == kMaxWidth; };
+    const bool w_in_place = own_dq && holds_a_tile(dk) && holds_a_tile(dv);
+    Tensor w;
+    if (!w_in_place) w = empty_padded({p.B, p.T, own_dq ? p.HO / groups : p.HO, p.K}, f32);
+    const Tensor dq = own_dq ? empty_padded({p.B, p.T, p.HO, p.K}, q.options()) : w;
     const Tensor dg = at::empty({p.B, p.T, p.HO}, f32), dbeta = at::empty({p.B, p.T, p.HO}, f32);
     const std::vector<int64_t> dlamb_shape = {c.problem.slots(), p.HO, p.K};
     const Tensor dlamb =
@@ -425,7 +438,13 @@ std::vector<Tensor> chunk_backward(
     const States adjoints = p.HO == p.HS ? states : States(c, p.HO / groups);
     for (int64_t group = 0; group < groups; ++group) {
         const Heads heads = heads_of_group(p.HO, groups, group);
-        const Rows w_rows = own_dq ? rows_of_group(w, heads, p.K) : rows_of(w, p.HO, p.K);
+        TiledRows w_rows;
+        if (w_in_place) {
+            w_rows.tile[0] = float_tile_in(dk, p.HO, kChunk);
+            w_rows.tile[1] = float_tile_in(dv, p.HO, p.K - kChunk);
+        } else {
+            w_rows = own_dq ? rows_of_group(w, heads, p.K) : rows_of(w, p.HO, p.K);
+        }
         forward_states(c, states, heads_of_group(p.HS, groups, group), nullptr, nullptr);
 
         SolveArgs args = solve_args(c, Solve::adjoint, states, heads, do_rows, max_cg_iterations, cg_tol);

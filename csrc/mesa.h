@@ -35,6 +35,21 @@ struct Rows {
     Divisor group;
 };
 
+// The same by column tiles of 64, which may lie in different places.
+struct TiledRows {
+    Rows tile[kMaxWidth / kChunk];
+
+    TiledRows() : tile{} {}
+    TiledRows(const Rows& whole) {  // one behind the other
+        for (int i = 0; i < kMaxWidth / kChunk; ++i) {
+            const int column = i * kChunk, left = whole.width > column ? whole.width - column : 0;
+            tile[i] = whole;
+            tile[i].width = left < kChunk ? left : kChunk;
+            if (left) tile[i].data = static_cast<char*>(whole.data) + column * (whole.dtype == DType::f32 ? 4 : 2);
+        }
+    }
+};
+
 // Sequences cut into places of so many tokens each.
 struct Places {
     Divisor tokens;
@@ -122,7 +137,7 @@ struct alignas(16) LambPair {
 struct StateArgs {
     Problem problem;
     Rows keys;       // k, or x (reverse)
-    Rows values[2];  // v and k, or do and w (reverse; w enters negated)
+    TiledRows values[2];  // v and k, or do and w (reverse; w enters negated)
     Gates gates;
     const float* start_kv;  // [N, heads / start_group, K, V] or null
     const float* start_kk;  // [N, heads / start_group, K, K] or null; transposed when reverse
@@ -169,7 +184,7 @@ struct SolveArgs {
     Gates gates;
     const LambPair* lamb;  // [heads of the state, K / 2 padded to a multiple of 32 (with ones)]
     SplitStates states;
-    Rows x;           // float32; the solution (may be rhs itself), or data null where it is not wanted
+    TiledRows x;      // float32; the solution (may be rhs itself), or data null where it is not wanted
     Rows out;         // forward
     Rows rounded;     // adjoint: the solution in 16 bits too, or data null
     Rows forward_x;   // adjoint: x of the forward pass, float32
@@ -215,7 +230,9 @@ struct Crossings {
 // Gradients of the linear attention with queries x, keys k, values [v | k] and output gradients [do | -w].
 struct GradArgs {
     Problem problem;
-    Rows x, w, d_o, k, v;
+    Rows x;
+    TiledRows w;  // may lie where dk (the first tile) and dv (the second) will, row by row
+    Rows d_o, k, v;
     Gates gates;
     SplitStates adjoints;     // after each chunk
     const float* from_start;  // [B, T, heads] as the solver leaves it

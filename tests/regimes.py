@@ -157,6 +157,16 @@ def draw(
     return replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in ("q", "k", "v")})
 
 
+def uneven(inputs: Inputs, columns: slice, size: float) -> Inputs:
+    """Some columns of the keys times `size`, and of the system what makes them count as much as the others."""
+    scale = torch.ones(inputs.k.shape[-1], device=inputs.k.device, dtype=inputs.lamb.dtype)
+    scale[columns] = size
+    h_kk, h_kv = inputs.initial_state
+    state = MesaState(h_kk * scale * scale[:, None], h_kv * scale[:, None])
+    lamb = inputs.lamb * scale**2 if size else inputs.lamb
+    return replace(inputs, k=inputs.k * scale.to(inputs.k.dtype), lamb=lamb, initial_state=state)
+
+
 def output_gradients(inputs: Inputs, *, scale: float = 1.0, seed: int = 1, state: bool = False) -> tuple[Tensor, ...]:
     """Gradients of o (in its dtype) and, if wanted, of the final state's two tensors."""
     generator = torch.Generator(inputs.q.device).manual_seed(seed)

@@ -18,6 +18,7 @@ from tests.regimes import (
     output_gradients,
     relative_error,
     solver_steps,
+    uneven,
 )
 
 
@@ -96,6 +97,16 @@ def test_zeros(device, dtype, name):
     if name == "q":
         *_, info = inputs.call(mesa_attention, return_solver_info=True)
         assert (info.steps[:, 20:50] == 0).all() and (info.error_bound[:, 20:50] == 0).all()
+
+
+@pytest.mark.parametrize("size", [0, 2**-6, 2**3])
+@pytest.mark.parametrize("columns", [slice(0, 64), slice(64, None)], ids=str)
+def test_halves_of_the_keys_of_different_sizes(device, dtype, columns, size):
+    """On CUDA the tiles of H have scales of their own, of which the solver makes one."""
+    inputs = uneven(draw("random", device, dtype, T=150, K=100, V=16, context=10), columns, size)
+    for a in (inputs.beta, inputs.lamb, *inputs.initial_state):
+        a *= 1e9
+    compare(inputs, state=False)
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e-4, 1e9])

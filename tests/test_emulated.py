@@ -19,6 +19,7 @@ from tests.regimes import (
     evaluate,
     output_gradients,
     solver_steps,
+    uneven,
 )
 from tests.test_decode import assert_accurate, copy
 
@@ -30,6 +31,7 @@ SHAPES = [
     dict(heads=(4, 1, 2), K=128, V=128, context=20, T=70),
     dict(heads=(1, 1, 3), K=100, V=36, lengths=[65, 0, 3], context=10),
     dict(heads=2, K=20, V=90, B=2, T=66),
+    dict(heads=2, K=122, V=126, context=10, T=70),  # w lies where dk and dv will
 ]
 
 
@@ -98,6 +100,17 @@ def test_any_size_of_the_system(operators, kernels, dtype, size):
     (do,) = output_gradients(inputs)
     do[..., :8] = do[:, 20:50] = 0
     check(operators, inputs, (do,))
+
+
+@pytest.mark.parametrize("size", [0, 2**-6, 2**3])
+@pytest.mark.parametrize("columns", [slice(0, 64), slice(64, None)], ids=str)
+@pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
+def test_halves_of_the_keys_of_different_sizes(operators, kernels, dtype, columns, size):
+    """As in test_edge_cases.py: tiles of H with different scales, and of a system far from those of zeros."""
+    inputs = uneven(draw("random", "cpu", dtype, T=70, K=100, V=16, context=10), columns, size)
+    for a in (inputs.beta, inputs.lamb, *inputs.initial_state):
+        a *= 1e9
+    check(operators, inputs, output_gradients(inputs))
 
 
 @pytest.mark.parametrize("regime", ["random", "corr .9, Wk"])

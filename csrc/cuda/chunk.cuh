@@ -239,7 +239,7 @@ __device__ __forceinline__ void prefetch_rows(const Rows& m, const Chunk& c, int
     const int t = threadIdx.x / kLanes, size = m.dtype == DType::f32 ? 4 : 2;
     if (t >= c.length) return;
     const char* const row = static_cast<const char*>(m.data) + row_offset(m, c, t, head) * size;
-#pragma unroll 1
+#pragma unroll 1  // as in convert_rows
     for (int at = threadIdx.x % kLanes * kLine; at < m.width * size; at += kLanes * kLine) ptx::prefetch_l2(row + at);
 }
 

@@ -17,7 +17,7 @@
 // of the chunk behind: of what crosses the boundary between the two, all but what ends in the later one passes over
 // that one, and all but what begins in the earlier one over this one. A kernel of its own adds these to dg.
 //
-// Rows are keys: a warp owns 16 tokens j. Column tiles of 64 of [v | k] are taken one after the other, each of them
+// Rows are keys: a warp owns 16 tokens j. Column tiles of 64 of [k | v] are taken one after the other, each of them
 // with its part of dS.
 #include "chunk.cuh"
 
@@ -28,14 +28,14 @@ template <int KTiles, int Terms>
 struct Shared {
     __half x[KTiles * 2 * kPanel];
     __half k[KTiles * Terms * kPanel];
-    __half d_o[2 * kPanel];             // the current column tile of do or w
+    __half d_o[2 * kPanel];             // the current column tile of w or do
     __half v[Terms * kPanel];           // the current column tile of v
     __half state[KTiles * 2 * kPanel];  // the current column tile of dS
     ChunkGates gates;
     float x_scale[kChunk], k_scale[kChunk], do_scale[kChunk], v_scale[kChunk];
     float from_start[kChunk];  // e^{gc_i} x_i' S do'_i
     float to_end[kChunk];      // beta_j rho_Cj k_j' dS v'_j
-    float adjoint_scale[2 * kMaxWidth / kChunk];  // of each column tile
+    float adjoint_scale[2 * kMaxWidth / kChunk];  // of each column tile, in the order in which they are taken
     // Sums of columns over each warp's rows: of w o x, and of what dg has inside.
     float w_x[kThreads / 32][kChunk], crossing[kThreads / 32][kChunk];
 };
@@ -90,39 +90,41 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     const int v_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = v_tiles + KTiles;
     const int ds_place = static_cast<int>(state_tile(a.adjoints, slot, head, column_tiles, 0));
     const auto tile_of = [](const SplitStates& s, int64_t place) { return s.panels + place * KTiles * 2 * kPanel; };
+    // Column tiles are taken in the order [k | v], since dv may be written where w lies.
+    const auto adjoint_place = [&](int ct) { return ds_place + (ct < KTiles ? v_tiles + ct : ct - KTiles); };
     const auto fetch_adjoint = [&](int ct) {
-        copy_panels_async<KTiles * 2>(sm.state, tile_of(a.adjoints, ds_place + ct));
+        copy_panels_async<KTiles * 2>(sm.state, tile_of(a.adjoints, adjoint_place(ct)));
         ptx::cp_async_commit();
     };
-    const auto fetch_outputs = [&](int ct) {  // do or w
-        if (ct < v_tiles) {
-            fetch_rows<1, 2, Terms == 2>(sm.d_o, a.d_o, chunk, head, ct * kChunk);
+    const auto fetch_outputs = [&](int ct) {  // w or do
+        if (ct < KTiles) {
+            fetch_rows<1, 2>(sm.d_o, a.w.tile[ct], chunk, head, 0);
         } else {
-            fetch_rows<1, 2>(sm.d_o, a.w, chunk, head, (ct - v_tiles) * kChunk);
+            fetch_rows<1, 2, Terms == 2>(sm.d_o, a.d_o, chunk, head, (ct - KTiles) * kChunk);
         }
         ptx::cp_async_commit();
     };
     const auto fetch_values = [&](int ct) {
-        if (ct < v_tiles) fetch_rows<1, Terms>(sm.v, a.v, chunk, head, ct * kChunk);
+        if (ct >= KTiles) fetch_rows<1, Terms>(sm.v, a.v, chunk, head, (ct - KTiles) * kChunk);
         ptx::cp_async_commit();
     };
 
-    // Everything is asked for at once, in the order in which it is needed. Later do or w are asked for as soon as
+    // Everything is asked for at once, in the order in which it is needed. Later w or do are asked for as soon as
     // the last tile's have been used, v and dS at the end of the tile; all comes from the L2 cache then.
     const GatePair gates = fetch_gates(a.gates, a.problem, chunk, head);
     const int token = threadIdx.x, tile = threadIdx.x - kChunk;  // of the first or the other threads
     float own_scalar = 0.f;
     if (token < chunk.length) own_scalar = a.from_start[token_index(a.problem, chunk, token, a.heads.all, head)];
-    else if (tile >= 0 && tile < column_tiles) own_scalar = a.adjoints.scales[ds_place + tile];
+    else if (tile >= 0 && tile < column_tiles) own_scalar = a.adjoints.scales[adjoint_place(tile)];
     fetch_rows<KTiles, 2>(sm.x, a.x, chunk, head, 0);
     fetch_rows<KTiles, Terms>(sm.k, a.k, chunk, head, 0);
     ptx::cp_async_commit();
     fetch_outputs(0);
     fetch_values(0);
     fetch_adjoint(0);
-    if (column_tiles > 2) prefetch_rows(a.d_o, chunk, head);
-    prefetch_rows(a.w, chunk, head);
-    if (v_tiles > 1) prefetch_rows(a.v, chunk, head);
+    if (KTiles == 2) prefetch_rows(a.w.tile[1], chunk, head);
+    prefetch_rows(a.d_o, chunk, head);
+    prefetch_rows(a.v, chunk, head);
     store_gates(sm.gates, gates);
     if (token < kChunk) sm.from_start[token] = own_scalar;
     else if (tile < column_tiles) sm.adjoint_scale[tile] = own_scalar;
@@ -173,21 +175,21 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     for (int ct = 0; ct < column_tiles; ++ct) {
         lane = ptx::opaque(thread_lane);  // or addresses made of it would be kept from tile to tile
         row[0] = first_row + acc_row(lane, 0), row[1] = first_row + acc_row(lane, 1);
-        const bool is_v = ct < v_tiles;
-        const int col0 = (is_v ? ct : ct - v_tiles) * kChunk;
+        const bool is_v = ct >= KTiles;
+        const int col0 = (is_v ? ct - KTiles : ct) * kChunk;
         const float sign = is_v ? 1.f : -1.f;
-        if (ct + 1 < column_tiles) prefetch_panels<KTiles * 2>(tile_of(a.adjoints, ds_place + ct + 1));
+        if (ct + 1 < column_tiles) prefetch_panels<KTiles * 2>(tile_of(a.adjoints, adjoint_place(ct + 1)));
         ptx::cp_async_wait<1>();  // dS may still be on its way
         if (is_v) {
             convert_rows<1, 2, Terms == 2>(sm.d_o, sm.do_scale, a.d_o.dtype, 4);
             convert_rows<1, Terms>(sm.v, sm.v_scale, a.v.dtype, 0);
         } else {
-            convert_rows<1, 2>(sm.d_o, sm.do_scale, a.w.dtype, 4);
+            convert_rows<1, 2>(sm.d_o, sm.do_scale, DType::f32, 4);
         }
         publish_shared<isa>();
         __syncthreads();
 
-        const __half* const values = is_v ? sm.v : sm.k + (ct - v_tiles) * Terms * kPanel;
+        const __half* const values = is_v ? sm.v : sm.k + ct * Terms * kPanel;
         const float* const value_scales = is_v ? sm.v_scale : sm.k_scale;
         const float value_scale[2] = {value_scales[row[0]], value_scales[row[1]]};
         const auto do_scale = [&](int n) { return *reinterpret_cast<const float2*>(sm.do_scale + acc_col(lane, n)); };
@@ -230,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 #pragma unroll
                 for (int n = 0; n < 8; ++n) {
                     const float2 w = panel_pair<2>(sm.d_o, row[half], acc_col(lane, n));
-                    const float2 x = panel_pair<2>(sm.x + (ct - v_tiles) * 2 * kPanel, row[half], acc_col(lane, n));
+                    const float2 x = panel_pair<2>(sm.x + ct * 2 * kPanel, row[half], acc_col(lane, n));
                     sum[n][0] = fmaf(w.x * scale, x.x, sum[n][0]);
                     sum[n][1] = fmaf(w.y * scale, x.y, sum[n][1]);
                 }
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         products_wait<isa, 0>(dv);
         ptx::cp_async_wait<0>();
         publish_shared<isa>();
-        __syncthreads();  // dS is there, and do or w has been used
+        __syncthreads();  // dS is there, and w or do has been used
         if (ct + 1 < column_tiles) fetch_outputs(ct + 1);
         const int column = threadIdx.x;
         if (!is_v && column < kChunk && col0 + column < a.problem.K)
@@ -296,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         } else {
 #pragma unroll
             for (int kt = 0; kt < KTiles; ++kt) {
-                if (kt != ct - v_tiles) continue;
+                if (kt != ct) continue;
 #pragma unroll
                 for (int n = 0; n < 8; ++n)
 #pragma unroll

@@ -6,8 +6,9 @@
 //
 //     A P = e^{gc} (P H_c) + ((P K') o M) K + P Lambda        O = e^{gc} (X G_c) + ((X K') o M) V
 //
-// H is symmetric, so that of its tiles those on and below the diagonal are enough. It lies in shared memory as hi + lo, K in one term (two if it came in float32). P is rounded once to fp16, with a
-// power-of-two scale per row, and that same P enters A P, p.Ap and x += alpha p, so that rounding it costs no accuracy.
+// H is symmetric: its tiles on and below the diagonal are enough. They lie in shared memory as hi + lo, K in one term
+// (two if it came in float32). P is rounded once to fp16, with a power-of-two scale per row, and that same P enters A P,
+// p.Ap and x += alpha p, so that rounding it costs no accuracy.
 // The read-out, which happens once and is where precision would be lost last, takes X and the scores in two terms.
 // A warp owns 16 rows. With mma.sync it shares nothing with the other warps but read-only memory and ends its steps
 // when its rows have ended; with wgmma the four warps of a block go through the steps together.
@@ -150,19 +151,20 @@ __device__ __forceinline__ void scale_own_part(__half* panels, float factor) {
     }
 }
 
-// The two column tiles of H have scales of their own. Makes the larger one that of all, once this thread's part has
-// come. (The smaller tile's numbers stay exact up to a factor of 2^15 between the two.)
+// The two column tiles of H have scales of their own. Makes the larger one that of both, once this thread's part has
+// come. (The smaller numbers lose no bits that count up to a factor of 2^12 between the two.)
 template <int KTiles>
 __device__ __forceinline__ void to_common_scale(__half* h, const float* scales) {
     if constexpr (KTiles == 2) {
         constexpr int kLo = kHTiles<2> * kPanel;
-        const float ratio = scales[1] * pow2_inverse(scales[0]);
-        if (ratio > 1.f) {
-            scale_own_part<2>(h, pow2_inverse(ratio));
-            scale_own_part<2>(h + kLo, pow2_inverse(ratio));
-        } else if (ratio < 1.f) {
-            scale_own_part<1>(h + 2 * kPanel, ratio);
-            scale_own_part<1>(h + 2 * kPanel + kLo, ratio);
+        const float inverse = pow2_inverse(fmaxf(scales[0], scales[1]));
+        const float first = scales[0] * inverse, second = scales[1] * inverse;  // one of them is 1
+        if (first < 1.f) {
+            scale_own_part<2>(h, first);
+            scale_own_part<2>(h + kLo, first);
+        } else if (second < 1.f) {
+            scale_own_part<1>(h + 2 * kPanel, second);
+            scale_own_part<1>(h + 2 * kPanel + kLo, second);
         }
     }
 }
@@ -566,7 +568,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
             x[kt].c[n][0] = v.x, x[kt].c[n][1] = v.y, x[kt].c[n][2] = v.z, x[kt].c[n][3] = v.w;
         }
         scale_rows(x[kt], rhs_scale_of[0], rhs_scale_of[1]);
-        if (a.x.data) store_strip<true>(a.x, to_write, to_head, end_first_row, kt * kChunk, x[kt], end_lane);
+        if (a.x.tile[kt].data) store_strip<true>(a.x.tile[kt], to_write, to_head, end_first_row, 0, x[kt], end_lane);
         if (kind == Solve::adjoint && a.rounded.data)
             store_strip<false>(a.rounded, to_write, to_head, end_first_row, kt * kChunk, x[kt], end_lane);
     }

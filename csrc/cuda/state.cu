@@ -60,6 +60,13 @@ __device__ __forceinline__ float largest(const Acc& acc) {
     return m;
 }
 
+// Brings the largest number of a state's column tile into [2^10, 2^14): powers of 16, so that those of H's tiles, which
+// the solver wants to be the same, mostly are. Zeros get the least, since the solver takes the larger one.
+__device__ __forceinline__ Pow2Scale state_scale(float amax) {
+    const int exponent = static_cast<int>(__float_as_uint(scale_to(fmaxf(amax, FLT_MIN), 13).up) >> 23) - 127;
+    return {pow2(exponent & ~3), pow2(-(exponent & ~3))};
+}
+
 // ---- what a chunk's gates come to -------------------------------------------------------------------------------
 
 // In the registers of a warp: what the values of tokens 2 lane + {0, 1} are multiplied by, and the chunk's log2 decay.
@@ -303,8 +310,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
 
     // This tile's columns: col0 .. of G (source 0, values) or of H (source 1).
     const int source = tile < value_tiles ? 0 : 1;
-    const int col0 = (tile - (source ? value_tiles : 0)) * kChunk;
-    const Rows& values = a.values[source];
+    const int tile_of_source = tile - (source ? value_tiles : 0), col0 = tile_of_source * kChunk;
+    const Rows& values = a.values[source].tile[tile_of_source];
     const int K = a.problem.K, width = source ? K : a.problem.V;
     const bool transposed = a.reverse && source == 1;
     const float sign = transposed ? -1.f : 1.f;  // the adjoint's second values are -w
@@ -329,7 +336,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     // Rows on their way; the values may be of any dtype where the keys are float32.
     const Chunk first_chunk = chunk_of(sequence, first_index);
     RowWalk<KTiles, KeyTerms, kBlock> key_rows(a.keys, first_chunk, head, 0);
-    RowWalk<1, 2, kBlock> value_rows(values, first_chunk, head, col0);
+    RowWalk<1, 2, kBlock> value_rows(values, first_chunk, head, 0);
     const auto fetch = [&](int step) {
         if (step < steps) {
             const int length = length_at(step);
@@ -386,7 +393,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     // The same for the states that the adjoints meet.
     constexpr bool kOverlaps = pass == Pass::states && KeyTerms == 2;  // adjoints are of float32 keys
     const auto meets = [&](int step) {
-        return kOverlaps && a.overlaps && meets_state(first_index - step, chunks, a.values[0].dtype == DType::f32);
+        const bool float32 = a.values[0].tile[0].dtype == DType::f32;
+        return kOverlaps && a.overlaps && meets_state(first_index - step, chunks, float32);
     };
     const auto before_place = [&](int step) {
         return state_tile(a.before, sequence.first_slot + first_index - step, head, column_tiles, tile);
@@ -396,8 +404,9 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     };
 
     // H is symmetric, and the solver leaves its tile above the diagonal alone: only adjoints meet it. (Those of float32
-    // meet all.)
-    const bool above_diagonal = KTiles == 2 && KeyTerms == 1 && source == 1 && row_tile * kChunk < col0;
+    // meet all. The portable kernel is slower with the question than with the store.)
+    const bool above_diagonal =
+        isa == Isa::hopper && KTiles == 2 && KeyTerms == 1 && source == 1 && row_tile * kChunk < col0;
     const auto is_wanted = [&](int step) { return !above_diagonal || meets_state(first_index + step, chunks, false); };
 
     // The second half of a step is for what the next one needs.
@@ -430,7 +439,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         }
         decay = sm.decay, log_decay = sm.log_decay;
         if (pass == Pass::states && warp == step % kWarps && lane == 0) {  // the warps take turns
-            const Pow2Scale s = scale_to(fmaxf(block_max(sm.state_max), FLT_MIN), 13);  // the smallest one for zeros
+            const Pow2Scale s = state_scale(block_max(sm.state_max));
             sm.state_scale = s.up;
             if (meets(step)) sm.before_scale = a.before.scales[before_place(step)];
             a.states.scales[place + int64_t(places) * step] = s.down;

@@ -158,8 +158,9 @@ __device__ __forceinline__ void products_zero(Acc& acc) {
     if constexpr (isa == Isa::portable && !Add) zero(acc);
 }
 
-// acc[i] += A B_i and acc[i] += A B_i' with operands of one or two terms; lo * lo is below the last bit. The panels of
-// neighbouring B_i lie `distance` elements apart, or side by side; a panel's second term lies `term` elements behind it.
+// acc[i] += A B_i and acc[i] += A B_i' with operands of one or two terms; lo * lo is below the last bit. Neighbouring
+// B_i lie `distance` elements apart (of the second kind one behind the other), and a B's second term `term` elements
+// behind the first.
 template <Isa isa, int BTerms, bool Add = true, int Tiles, int ATerms>
 __device__ __forceinline__ void mma_AB(Acc (&acc)[Tiles], const Operand<ATerms>& a, const __half* b, int distance,
                                        int lane, int term = kPanel) {
