@@ -99,7 +99,7 @@ def test_zeros(device, dtype, name):
         assert (info.steps[:, 20:50] == 0).all() and (info.error_bound[:, 20:50] == 0).all()
 
 
-@pytest.mark.parametrize("size", [0, 2**-6, 2**3])
+@pytest.mark.parametrize("size", [0, 2**-6])
 @pytest.mark.parametrize("columns", [slice(0, 64), slice(64, None)], ids=str)
 def test_halves_of_the_keys_of_different_sizes(device, dtype, columns, size):
     """On CUDA the tiles of H have scales of their own, of which the solver makes one."""

@@ -102,7 +102,7 @@ def test_any_size_of_the_system(operators, kernels, dtype, size):
     check(operators, inputs, (do,))
 
 
-@pytest.mark.parametrize("size", [0, 2**-6, 2**3])
+@pytest.mark.parametrize("size", [0, 2**-6])
 @pytest.mark.parametrize("columns", [slice(0, 64), slice(64, None)], ids=str)
 @pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
 def test_halves_of_the_keys_of_different_sizes(operators, kernels, dtype, columns, size):

@@ -7,8 +7,8 @@
 //     A P = e^{gc} (P H_c) + ((P K') o M) K + P Lambda        O = e^{gc} (X G_c) + ((X K') o M) V
 //
 // H is symmetric: its tiles on and below the diagonal are enough. They lie in shared memory as hi + lo, K in one term
-// (two if it came in float32). P is rounded once to fp16, with a power-of-two scale per row, and that same P enters A P,
-// p.Ap and x += alpha p, so that rounding it costs no accuracy.
+// (two if it came in float32). P is rounded once to fp16, with a power-of-two scale per row, and that same P enters
+// A P, p.Ap and x += alpha p, so that rounding it costs no accuracy.
 // The read-out, which happens once and is where precision would be lost last, takes X and the scores in two terms.
 // A warp owns 16 rows. With mma.sync it shares nothing with the other warps but read-only memory and ends its steps
 // when its rows have ended; with wgmma the four warps of a block go through the steps together.
