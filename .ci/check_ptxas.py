@@ -13,7 +13,6 @@ TOLERATED = {
     "grad_kernel": 208,
     "chunk_states_kernel": 64,
     "narrow_decode_kernel": 8,
-    "solve_kernel<(Isa)0, 2, 2, (Solve)0>": 8,  # float32, width 128: two constants, read in every step
 }
 
 
