@@ -1,4 +1,5 @@
-"""Reads the output of `nvcc -Xptxas -v` from standard input; prints what every kernel uses; fails on spills and stacks.
+"""Reads the output of `nvcc -Xptxas -v` from standard input; prints what every kernel uses; fails on spills, stacks and serialized
+products.
 
 A register spill or a stack frame means traffic to local memory, in the solver in every step of every token.
 """
@@ -28,6 +29,8 @@ def kernels(log):
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             yield name, arch, frame, spills, int(match[1]), int(shared[1]) if shared else 0
+        elif "wgmma" in line and "serialized" in line:
+            sys.exit(f"check_ptxas: products wait for one another: {line.rstrip()}")
         elif "warning" in line:
             print(line.rstrip())
 

@@ -109,7 +109,7 @@ struct Gates {
 // States before each chunk (or adjoints after it) as 64 x 64 panels of fp16 pairs hi + lo, swizzled as in shared
 // memory: panels [slot, head, column tile, row tile, hi/lo, 64, 64], scales [slot, head, column tile].
 // Column tiles are those of G (V wide) followed by those of H (K wide). value = scale * (hi + lo). H's tile above the
-// diagonal is there only for chunks that meets_state() names.
+// diagonal need not be there but for chunks that meets_state() names.
 struct SplitStates {
     __half* panels;
     float* scales;

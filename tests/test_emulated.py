@@ -102,6 +102,15 @@ def test_any_size_of_the_system(operators, kernels, dtype, size):
     check(operators, inputs, (do,))
 
 
+@pytest.mark.parametrize("g", [-5.0, -14.0])
+@pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
+def test_a_strong_decay_within_a_chunk(operators, kernels, dtype, g):
+    """As in test_edge_cases.py."""
+    inputs = draw("random", "cpu", dtype, T=70, K=100, V=70, context=50)
+    inputs.g[:, 40] = g
+    check(operators, inputs, output_gradients(inputs))
+
+
 @pytest.mark.parametrize("size", [0, 2**-6])
 @pytest.mark.parametrize("columns", [slice(0, 64), slice(64, None)], ids=str)
 @pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)

@@ -239,7 +239,7 @@ __device__ __forceinline__ void prefetch_rows(const Rows& m, const Chunk& c, int
     const int t = threadIdx.x / kLanes, size = m.dtype == DType::f32 ? 4 : 2;
     if (t >= c.length) return;
     const char* const row = static_cast<const char*>(m.data) + row_offset(m, c, t, head) * size;
-#pragma unroll 1  // as in convert_rows
+#pragma unroll 1  // as in convert_narrow_rows
     for (int at = threadIdx.x % kLanes * kLine; at < m.width * size; at += kLanes * kLine) ptx::prefetch_l2(row + at);
 }
 
@@ -302,7 +302,7 @@ __device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const 
     const int first = threadIdx.x / 8, part = threadIdx.x % 8;
     const char* row = static_cast<const char*>(m.data) + (row_offset(m, c, first, head) + col0) * kSize;
     const int64_t step = m.token_stride * (kRowsAtOnce * kSize);
-#pragma unroll 1  // as in convert_rows
+#pragma unroll 1  // as in convert_narrow_rows
     for (int t = first; t < kChunk; t += kRowsAtOnce, row += step)
 #pragma unroll
         for (int i = 0; i < Panels * (Float32 ? 2 : 1); ++i) {
@@ -314,35 +314,111 @@ __device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const 
         }
 }
 
-// Once this thread's cp.async are complete: rows scaled by powers of two so that a row's largest element lies in
-// [2^target, 2^(target + 1)); put_scale(row, what undoes it) is called by one thread for each. Two terms are for what
-// is not exact in one.
-template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads, typename PutScale>
-__device__ __forceinline__ void convert_rows(__half* panels, const PutScale& put_scale, DType dtype, int target) {
-    if constexpr (Float32) __syncwarp();  // other threads of the row have fetched parts of this thread's
+// Two neighbouring numbers of 16 bits: their magnitudes, and the larger ones of two pairs (NaNs do not count).
+__device__ __forceinline__ __half2 magnitudes(__half2 pair) { return __habs2(pair); }
+__device__ __forceinline__ __nv_bfloat162 magnitudes(__nv_bfloat162 pair) {
+    reinterpret_cast<uint32_t&>(pair) &= 0x7fff7fff;
+    return pair;
+}
+template <typename Pair>
+__device__ __forceinline__ Pair largest_of(const uint4& words) {
+    const auto at = [](const uint32_t& word) { return magnitudes(reinterpret_cast<const Pair&>(word)); };
+    return __hmax2(__hmax2(at(words.x), at(words.y)), __hmax2(at(words.z), at(words.w)));
+}
+
+struct RowsToConvert {  // to a largest element in [2^target, 2^(target + 1))
+    __half* panels;
+    int target;
+};
+
+// convert_rows of the first `rows` rows of several tensors of 16-bit numbers at once, so that none waits for itself;
+// put_scales(row, what undoes theirs).
+template <DType dtype, int Panels, int Terms, int Threads, int N, typename PutScales>
+__device__ __forceinline__ void convert_narrow_rows(const RowsToConvert (&of)[N], int rows,
+                                                    const PutScales& put_scales) {
+    using Pair = std::conditional_t<dtype == DType::f16, __half2, __nv_bfloat162>;
 #pragma unroll 1  // the kernels are long: what misses the instruction cache costs more than the loop
-    for (int t = threadIdx.x / 8; t < kChunk; t += Threads / 8) {
-        float v[Panels][8];
-        float amax = 0.f;
+    for (int t = threadIdx.x / 8; t < rows; t += Threads / 8) {
+        Raw8<false> raw[N][Panels];
+        Pair largest[N] = {};
 #pragma unroll
-        for (int i = 0; i < Panels; ++i) {
-            const int col = ptx::opaque(part_column());  // or addresses would be kept from row to row
-            convert8<Float32>(v[i], waiting_piece<Float32>(panels + i * Terms * kPanel, t, col), dtype);
-            amax = fmaxf(amax, max_abs(v[i]));
+        for (int r = 0; r < N; ++r)
+#pragma unroll
+            for (int i = 0; i < Panels; ++i) {
+                const int col = ptx::opaque(part_column());  // or addresses would be kept from row to row
+                raw[r][i] = waiting_piece<false>(of[r].panels + i * Terms * kPanel, t, col);
+                largest[r] = __hmax2(largest[r], largest_of<Pair>(raw[r][i].words[0]));
+            }
+#pragma unroll
+        for (int d = 1; d < 8; d *= 2)
+#pragma unroll
+            for (int r = 0; r < N; ++r)
+                largest[r] = __hmax2(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], d));
+        float down[N];
+#pragma unroll
+        for (int r = 0; r < N; ++r) {
+            const float2 pair = unpack(dtype, reinterpret_cast<const uint32_t&>(largest[r]));
+            const Pow2Scale s = scale_to(fmaxf(pair.x, pair.y), of[r].target);
+            down[r] = s.down;
+#pragma unroll
+            for (int i = 0; i < Panels; ++i) {
+                float v[8];
+                convert8<false>(v, raw[r][i], dtype);
+                store_panel8<Terms>(of[r].panels + i * Terms * kPanel, t, part_column(), v, s.up);
+            }
         }
-#pragma unroll
-        for (int d = 1; d < 8; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
-        const Pow2Scale s = scale_to(amax, target);
-        if constexpr (Float32) __syncwarp();  // the row has been read
-#pragma unroll
-        for (int i = 0; i < Panels; ++i) store_panel8<Terms>(panels + i * Terms * kPanel, t, part_column(), v[i], s.up);
-        if (threadIdx.x % 8 == 0) put_scale(t, s.down);
+        if (threadIdx.x % 8 == 0) put_scales(t, down);
     }
 }
 
-template <int Panels, int Terms, bool Float32 = Terms == 2, int Threads = kThreads>
+template <int Panels, int Terms, int Threads = kThreads, int N, typename PutScales>
+__device__ __forceinline__ void convert_narrow_rows(const RowsToConvert (&of)[N], int rows, DType dtype,
+                                                    const PutScales& put_scales) {
+    if (dtype == DType::f16) convert_narrow_rows<DType::f16, Panels, Terms, Threads>(of, rows, put_scales);
+    else convert_narrow_rows<DType::bf16, Panels, Terms, Threads>(of, rows, put_scales);
+}
+
+// Once this thread's cp.async are complete: rows scaled by powers of two so that a row's largest element lies in
+// [2^target, 2^(target + 1)); put_scale(row, what undoes it) is called by one thread for each. Two terms are for what
+// is not exact in one. Of 16-bit rows AtOnce are converted at once.
+template <int Panels, int Terms, bool Float32 = Terms == 2, int AtOnce = 1, int Threads = kThreads, typename PutScale>
+__device__ __forceinline__ void convert_rows(__half* panels, const PutScale& put_scale, DType dtype, int target) {
+    if constexpr (Float32) {
+        __syncwarp();  // other threads of the row have fetched parts of this thread's
+#pragma unroll 1  // as above
+        for (int t = threadIdx.x / 8; t < kChunk; t += Threads / 8) {
+            float v[Panels][8];
+            float amax = 0.f;
+#pragma unroll
+            for (int i = 0; i < Panels; ++i) {
+                const int col = ptx::opaque(part_column());
+                convert8<true>(v[i], waiting_piece<true>(panels + i * Terms * kPanel, t, col), dtype);
+                amax = fmaxf(amax, max_abs(v[i]));
+            }
+#pragma unroll
+            for (int d = 1; d < 8; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
+            const Pow2Scale s = scale_to(amax, target);
+            __syncwarp();  // the row has been read
+#pragma unroll
+            for (int i = 0; i < Panels; ++i)
+                store_panel8<Terms>(panels + i * Terms * kPanel, t, part_column(), v[i], s.up);
+            if (threadIdx.x % 8 == 0) put_scale(t, s.down);
+        }
+    } else {
+        constexpr int kRows = kChunk / AtOnce;
+        RowsToConvert of[AtOnce];
+#pragma unroll
+        for (int r = 0; r < AtOnce; ++r) of[r] = {panels + r * kRows * kChunk, target};
+        convert_narrow_rows<Panels, Terms, Threads>(of, kRows, dtype, [&](int t, const float (&down)[AtOnce]) {
+#pragma unroll
+            for (int r = 0; r < AtOnce; ++r) put_scale(t + r * kRows, down[r]);
+        });
+    }
+}
+
+template <int Panels, int Terms, bool Float32 = Terms == 2, int AtOnce = 1, int Threads = kThreads>
 __device__ __forceinline__ void convert_rows(__half* panels, float* row_scale, DType dtype, int target) {
-    convert_rows<Panels, Terms, Float32, Threads>(
+    convert_rows<Panels, Terms, Float32, AtOnce, Threads>(
         panels, [row_scale](int t, float scale) { row_scale[t] = scale; }, dtype, target);
 }
 

@@ -12,18 +12,24 @@
 // The read-out, which happens once and is where precision would be lost last, takes X and the scores in two terms.
 // A warp owns 16 rows. With mma.sync it shares nothing with the other warps but read-only memory and ends its steps
 // when its rows have ended; with wgmma the four warps of a block go through the steps together.
+#include <cfloat>
+
 #include "../cg.h"
 #include "dx.cuh"
 
 namespace mesa {
 namespace {
 
-// |p| is kept near 2^9: products with keys (|k| <= 2^4.5) stay below fp16's 2^16, small elements far above its 2^-24.
-constexpr int kDirectionExponent = 9;
+// |p| is kept near 2^9, with small elements far above fp16's 2^-24, and a key's largest element at 2^12, so that scores
+// P K' stay below 2^26. Weighed, with weights of at most 2^-kScoreExponent, they fit fp16 again.
+constexpr int kDirectionExponent = 9, kKeyExponent = 12, kScoreExponent = 11;
 
-// Where a chunk's decays are no stronger than 2^-kMildDecay and its weights below kMildWeight, a decay from one token
-// to another is the quotient of two from the first, which saves the exponentials.
-constexpr float kMildDecay = 32.f, kMildWeight = 0x1p60f;
+// A row is level where it counts in units of the state before the chunk as it has decayed so far. The weights of the
+// tokens are the same for all such rows, beta_j e^{-gc_j}, without exponentials, and the state's part has weight 1.
+// Where the weights up to a row are larger than 2^-kScoreExponent its p is made smaller, by at most 2^kMostLoss; beyond
+// that, or where the decays up to it come to more than 2^-kStrongDecay, the row counts in units of its own.
+constexpr int kMostLoss = 9;
+constexpr float kStrongDecay = 100.f;
 
 constexpr int kMaxVTiles = kMaxWidth / kChunk;
 
@@ -41,7 +47,7 @@ struct Shared {
     union {
         PowersOfTwo token_scales[kChunk];  // of do, k and v, while dx is made
         float key_scale[kChunk];
-        float mild_weight[kChunk];  // the same beta over the decay from the chunk's first token to j; see mild_rows
+        float level_weight[kChunk];  // of token j, for level rows
     };
     // 112 KB + 1 KB at K = 128 in 16 bits: two blocks on a multiprocessor of 228 KB.
 };
@@ -77,9 +83,10 @@ __device__ __forceinline__ LambPair lamb_at(const LambPair* lane_lamb, int tile,
     return {{v.x, v.y}, {v.z, v.w}};
 }
 
-// Power of two that brings a vector of squared Lambda norm `pp` to a norm of about 2^kDirectionExponent.
-__device__ __forceinline__ float direction_scale(float pp, uint32_t lamb_exponent) {
-    const int exponent = static_cast<int>((__float_as_uint(pp) >> 23 & 0xff) - lamb_exponent);
+// Power of two that brings a vector of squared Lambda norm `pp`, whose squared norm is at most 2^-lamb_exponent times
+// that, to a norm of about 2^kDirectionExponent.
+__device__ __forceinline__ float direction_scale(float pp, int lamb_exponent) {
+    const int exponent = static_cast<int>(__float_as_uint(pp) >> 23 & 0xff) - lamb_exponent;
     return pow2(min(max(kDirectionExponent - ((exponent + 1) >> 1), -126), 126));
 }
 
@@ -90,7 +97,9 @@ __device__ __forceinline__ float2 direction_at(const Operand<1>& p, int n, int h
 }
 
 // Of a row: mu (see below), of its key, of its right-hand side.
-struct RowScales : PowersOfTwo {
+struct RowScales : PowersOfTwo {  // the sign bit: whether the row is level
+    __device__ __forceinline__ void set_level() { bits |= 0x80000000; }
+    __device__ __forceinline__ bool level() const { return static_cast<int>(bits) < 0; }
     __device__ __forceinline__ float mu() const { return first(); }
     __device__ __forceinline__ float key() const { return second(); }
     __device__ __forceinline__ float rhs() const { return third(); }
@@ -212,8 +221,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     __half* const half_rhs = sm.values;  // panels of f16 or bf16
     const GatePair gates = fetch_gates(a.gates, a.problem, chunk, head);
     __half* const d_o = sm.values + SharedMemory::kValues;
-    const auto with_value_tiles = [&](const auto& f) {
-        if (value_tiles == 1) f(std::integral_constant<int, 1>());
+    const auto with_value_tiles = [&](const auto& f) {  // wide heads always take both, which is less code
+        if (KTiles == 1 && value_tiles == 1) f(std::integral_constant<int, 1>());
         else f(std::integral_constant<int, kMaxVTiles>());
     };
     if constexpr (kind == Solve::adjoint) {
@@ -233,8 +242,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     else copy_h_async<KTiles>(sm.h, a.states.panels + place * KTiles * 2 * kPanel);
     ptx::cp_async_commit();
     constexpr int kLambPairs = KTiles * kChunk / 2;
-    const uint32_t lamb_exponent =
-        smallest_lamb_exponent<KTiles>(a.lamb + (head / a.states.group) * kLambPairs, lane);
+    int lamb_exponent = smallest_lamb_exponent<KTiles>(a.lamb + (head / a.states.group) * kLambPairs, lane);
     store_gates(sm.gates, gates);
     ptx::cp_async_wait<1>();
     Acc r[KTiles];
@@ -242,15 +250,24 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         prefetch_rows(a.forward_x, chunk, head);
         for_h_tiles<KTiles>(a.states.panels + place * KTiles * 2 * kPanel,
                             [](int, const __half* tile) { prefetch_panels<2>(tile); });
-        PowersOfTwo* const scales = sm.token_scales;  // those of a token come from the same thread
-        const auto put_first = [scales](int t, float scale) { scales[t].set_first(scale); };
-        const auto put_second = [scales](int t, float scale) { scales[t].add_second(scale); };
-        const auto put_third = [scales](int t, float scale) { scales[t].add_third(scale); };
-        with_value_tiles([&](auto tiles) {
-            convert_rows<tiles.value, KeyTerms>(d_o, put_first, a.rhs.dtype, 4);
-            convert_rows<tiles.value, KeyTerms>(sm.values, put_third, a.values.dtype, 0);
-        });
-        convert_rows<KTiles, KeyTerms>(sm.keys, put_second, a.keys.dtype, 0);
+        PowersOfTwo* const scales = sm.token_scales;
+        if (KeyTerms == 1 && (KTiles == kMaxVTiles || value_tiles == 1)) {
+            const RowsToConvert of[3] = {{d_o, 4}, {sm.keys, kKeyExponent}, {sm.values, 0}};
+            convert_narrow_rows<KTiles, KeyTerms>(of, kChunk, a.keys.dtype, [scales](int t, const float (&down)[3]) {
+                PowersOfTwo of_token;
+                of_token.set_first(down[0]), of_token.add_second(down[1]), of_token.add_third(down[2]);
+                scales[t] = of_token;
+            });
+        } else {  // the scales of a token come from the same thread
+            const auto put_first = [scales](int t, float scale) { scales[t].set_first(scale); };
+            const auto put_second = [scales](int t, float scale) { scales[t].add_second(scale); };
+            const auto put_third = [scales](int t, float scale) { scales[t].add_third(scale); };
+            with_value_tiles([&](auto tiles) {
+                convert_rows<tiles.value, KeyTerms>(d_o, put_first, a.rhs.dtype, 4);
+                convert_rows<tiles.value, KeyTerms>(sm.values, put_third, a.values.dtype, 0);
+            });
+            convert_rows<KTiles, KeyTerms>(sm.keys, put_second, a.keys.dtype, kKeyExponent);
+        }
         publish_shared<isa>();
         __syncthreads();
         const int first_row = warp * 16;
@@ -270,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         ptx::cp_async_commit();
         if (threadIdx.x < kChunk) sm.key_scale[threadIdx.x] = scales[threadIdx.x].second();
     } else {
-        convert_rows<KTiles, KeyTerms>(sm.keys, sm.key_scale, a.keys.dtype, 0);
+        convert_rows<KTiles, KeyTerms>(sm.keys, sm.key_scale, a.keys.dtype, kKeyExponent);
         if constexpr (kind == Solve::forward) {  // what the read-out will want comes to the L2 cache during the steps
             for (int tile = 1; tile <= value_tiles; ++tile)
                 prefetch_panels<KTiles * 2>(a.states.panels + (place - tile) * KTiles * 2 * kPanel);
@@ -282,44 +299,54 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     // The scores' weights without decay. Every warp has all of them, two neighbouring tokens in each lane.
     const auto weight_of = [&](int t) { return sm.gates.beta[t] * (sm.key_scale[t] * sm.key_scale[t]); };
     const float weights[2] = {weight_of(lane * 2), weight_of(lane * 2 + 1)};
-    // Rows before the first token that is not mild take the short way. No row depends on a later token in this.
-    const auto is_mild = [&](int e) {
-        return fabsf(sm.gates.hi[lane * 2 + e] - sm.gates.hi[0]) < kMildDecay && weights[e] < kMildWeight;
+    const float log_weights[2] = {ptx::log2_approx(weights[0]) - sm.gates.hi[lane * 2],
+                                  ptx::log2_approx(weights[1]) - sm.gates.hi[lane * 2 + 1]};
+    const float log_unit = ptx::log2_approx(largest_h_scale);
+    // Rows before the first token that is not as level rows want it are level. No row depends on a later token in this.
+    const auto is_level = [&](int e) {
+        return log_weights[e] - log_unit <= kMostLoss - kScoreExponent && sm.gates.hi[lane * 2 + e] > -kStrongDecay;
     };
-    const int mild_rows =
-        __reduce_min_sync(0xffffffffu, !is_mild(0) ? lane * 2 : !is_mild(1) ? lane * 2 + 1 : kChunk);
+    const int level_rows =
+        __reduce_min_sync(0xffffffffu, !is_level(0) ? lane * 2 : !is_level(1) ? lane * 2 + 1 : kChunk);
 
-    // Per row: a power of two `mu` >= the row's largest weight, which keeps the scores in fp16.
+    // Per row a power of two `mu`, which brings its largest weight to 2^-kScoreExponent at most; 1 if it is level.
     const int first_row = warp * 16;
     const int own_row = first_row + acc_row(lane, lane & 1);  // whose scalars this lane keeps
-    const float largest = largest_up_to(own_row, {ptx::log2_approx(weights[0]) - sm.gates.hi[lane * 2],
-                                                  ptx::log2_approx(weights[1]) - sm.gates.hi[lane * 2 + 1]}, lane);
-    // Where the state before the chunk outweighs the chunk beyond float32, a larger mu keeps their ratio finite.
-    const float log_mu = sm.gates.hi[own_row] + fmaxf(largest, ptx::log2_approx(largest_h_scale) - 80.f);
-    const float mu = pow2(static_cast<int>(floorf(fminf(fmaxf(log_mu, -126.f), 125.f))) + 1);
+    const float largest = largest_up_to(own_row, log_weights, lane);
+    float mu = 1.f;
+    if (own_row >= level_rows) {
+        // Where the state before the chunk outweighs the chunk beyond float32, a larger mu keeps their ratio finite.
+        const float log_mu = sm.gates.hi[own_row] + fmaxf(largest + kScoreExponent, log_unit - 80.f);
+        mu = pow2(static_cast<int>(floorf(fminf(fmaxf(log_mu, -126.f), 125.f))) + 1);
+    } else {  // as if p were larger than it is
+        lamb_exponent -= 2 * static_cast<int>(ceilf(fmaxf(largest - log_unit + kScoreExponent, 0.f)));
+    }
     const float from_start = sm.gates.decay_from_start(own_row) * largest_h_scale;
     const float own_weight = pow2_inverse(mu) * ptx::exp2_approx(sm.gates.lo[own_row]);
     RowScales own_scales;  // a row's true values are its scale times what is stored
     own_scales.set_first(mu);
     own_scales.add_second(sm.key_scale[own_row]);
+    if (own_row < level_rows) own_scales.set_level();
     const int token = threadIdx.x % kChunk;
     const float weight = weight_of(token) * ptx::exp2_approx(-sm.gates.lo[token]);
     __syncthreads();
     if (threadIdx.x < kChunk) {
         sm.gates.beta[token] = weight;
-        sm.mild_weight[token] = weight * ptx::exp2_approx(sm.gates.hi[0] - sm.gates.hi[token]);
+        sm.level_weight[token] = weight * ptx::exp2_approx(-sm.gates.hi[token]) * pow2_inverse(largest_h_scale);
     }
     if (lane % 4 < 2) sm.gates.lo[own_row] = pow2_inverse(mu) * from_start;
     const float* const start_weight = sm.gates.lo;
 
-    // This lane's columns are at constant distances from here. Opaque: an index is kept from step to step, no address.
-    const unsigned lamb_index = (head / a.states.group) * kLambPairs + lane % 4;
-    const auto lamb_of_lane = [&] { return a.lamb + ptx::opaque(lamb_index); };
+    // This lane's columns are at constant distances from here. Opaque: kept from step to step are bytes, no address.
+    const unsigned lamb_bytes =
+        ptx::opaque(((head / a.states.group) * kLambPairs + lane % 4) * unsigned(sizeof(LambPair)));
+    const auto lamb_of_lane = [&] {
+        return reinterpret_cast<const LambPair*>(reinterpret_cast<const char*>(a.lamb) + ptx::opaque(lamb_bytes));
+    };
     const float tol_squared = a.tolerance * a.tolerance;
 
     // r = rhs scaled by a power of two, x = 0, p = z = r / lamb.
-    float rz[2] = {0.f, 0.f};
-    float rhs_scale[2];
+    float scale_up[2], rhs_scale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int t = first_row + acc_row(lane, half);
@@ -342,20 +369,23 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
                 amax = fmaxf(amax, fmaxf(fabsf(u), fabsf(v)));
             }
         const Pow2Scale s = scale_to(quad_max(amax), 0);
-        rhs_scale[half] = s.down;
-#pragma unroll
-        for (int kt = 0; kt < KTiles; ++kt)
-#pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                const LambPair l = lamb_at(lamb_of_lane(), kt, n);
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    float& v = r[kt].c[n][half * 2 + e];
-                    v *= s.up;
-                    rz[half] = fmaf(v * l.inverse[e], v, rz[half]);
-                }
-            }
+        scale_up[half] = s.up, rhs_scale[half] = s.down;
     }
+    float rz[2] = {0.f, 0.f};
+    Acc z[KTiles];
+#pragma unroll
+    for (int kt = 0; kt < KTiles; ++kt)
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+            const LambPair l = lamb_at(lamb_of_lane(), kt, n);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                float& v = r[kt].c[n][e];
+                v *= scale_up[e / 2];
+                z[kt].c[n][e] = v * l.inverse[e % 2];
+                rz[e / 2] = fmaf(z[kt].c[n][e], v, rz[e / 2]);
+            }
+        }
     own_scales.add_third(lane & 1 ? rhs_scale[1] : rhs_scale[0]);
     CgRow<float> row(own_sum(rz, lane));
     [[maybe_unused]] StepRange step_range;
@@ -370,23 +400,23 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-            const LambPair l = lamb_at(lamb_of_lane(), kt, n);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                p[kt].term[0].r[n / 2][n % 2 * 2 + half] =
-                    pack(r[kt].c[n][half * 2] * l.inverse[0] * first_direction[half],
-                         r[kt].c[n][half * 2 + 1] * l.inverse[1] * first_direction[half]);
+                p[kt].term[0].r[n / 2][n % 2 * 2 + half] = pack(z[kt].c[n][half * 2] * first_direction[half],
+                                                                z[kt].c[n][half * 2 + 1] * first_direction[half]);
             sm.x[(kt * 8 + n) * kThreads + threadIdx.x] = {0.f, 0.f, 0.f, 0.f};
         }
 
-    // scores o M times row_weight / 2^lo, of the tokens from `first` on: the decays' small terms are in the weights.
-    const auto weigh_scores = [&](auto& scores, int first, const float(&row_weight)[2], int lane,
-                                  int first_row) {
+    // What the sum of a row in its units is to be multiplied by.
+    const auto unit_of_row = [&](int half, int lane, int first_row) {
+        const RowScales scales = scales_of_row(own_scales, half, lane);
+        return scales.level() ? start_weight[first_row + acc_row(lane, half)] : scales.mu();
+    };
+    // scores o M in the rows' units, of the tokens from `first` on: the decays' small terms are in the weights.
+    const auto weigh_scores = [&](auto all_level, auto& scores, int first, int lane, int first_row) {
         const int col = acc_col(lane, 0);
-        const float g[2] = {sm.gates.hi[first_row + acc_row(lane, 0)], sm.gates.hi[first_row + acc_row(lane, 1)]};
         const auto pair_at = [](const float* p) { return *reinterpret_cast<const float2*>(p); };
-        const float factor[2] = {ptx::exp2_approx(g[0] - sm.gates.hi[0]) * row_weight[0],
-                                 ptx::exp2_approx(g[1] - sm.gates.hi[0]) * row_weight[1]};
+        [[maybe_unused]] const float row_weight[2] = {of_row(own_weight, 0, lane), of_row(own_weight, 1, lane)};
 #pragma unroll
         for (int n = 0; n < int(sizeof(scores) / sizeof(scores[0])); ++n) {
             float(&s)[4] = scores[n];
@@ -396,16 +426,19 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
                 for (int e = 0; e < 4; ++e) s[e] = 0.f;
                 continue;
             }
-            const float2 mild = pair_at(sm.mild_weight + j);
-            float w[4] = {factor[0] * mild.x, factor[0] * mild.y, factor[1] * mild.x, factor[1] * mild.y};
-            if (first_row + 16 > mild_rows) {
-                const float2 gj = pair_at(sm.gates.hi + j), weight = pair_at(sm.gates.beta + j);
+            const float2 level = pair_at(sm.level_weight + j);
+            float w[4] = {level.x, level.y, level.x, level.y};
+            if constexpr (!decltype(all_level)::value) {
+                const float2 gj = pair_at(sm.gates.hi + j), own = pair_at(sm.gates.beta + j);
 #pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    if (first_row + acc_row(lane, half) >= mild_rows) {
-                        w[half * 2] = ptx::exp2_approx(g[half] - gj.x) * weight.x * row_weight[half];
-                        w[half * 2 + 1] = ptx::exp2_approx(g[half] - gj.y) * weight.y * row_weight[half];
+                for (int half = 0; half < 2; ++half) {
+                    const int row = first_row + acc_row(lane, half);
+                    const float g = sm.gates.hi[row];
+                    if (row >= level_rows) {
+                        w[half * 2] = ptx::exp2_approx(g - gj.x) * own.x * row_weight[half];
+                        w[half * 2 + 1] = ptx::exp2_approx(g - gj.y) * own.y * row_weight[half];
                     }
+                }
             }
 #pragma unroll
             for (int e = 0; e < 4; ++e) s[e] *= w[e];
@@ -419,38 +452,54 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
 
     const uint32_t zero_for_next = static_cast<uint32_t>(a.problem.V) >> 31;
     for (int step = 0; step < a.max_iterations && any_active<isa>(row.active()); ++step) {
-        const auto mu_of_row = [&](int half) { return scales_of_row(own_scales, half, lane).mu(); };
         Acc ap[KTiles];
-        const auto scale_by_decay = [&] {
-            const float weight[2] = {start_weight[first_row + acc_row(lane, 0)],
-                                     start_weight[first_row + acc_row(lane, 1)]};
+        constexpr int kEarlyLamb = KTiles == 2 ? 8 : 4;  // pairs asked for during the last product, with wgmma
+        const LambPair* lane_lamb;
+        LambPair early[kEarlyLamb];
+        const auto lamb_of_columns = [&](int kt, int n) {
+            return isa == Isa::hopper && kt == 0 && n < kEarlyLamb ? early[n] : lamb_at(lane_lamb, kt, n);
+        };
+        const auto weigh_state = [&] {
+            float weight[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const bool level = scales_of_row(own_scales, half, lane).level();
+                weight[half] = level ? 1.f : start_weight[first_row + acc_row(lane, half)];
+            }
 #pragma unroll
             for (int ct = 0; ct < KTiles; ++ct) scale_rows(ap[ct], weight[0], weight[1]);
         };
         if constexpr (isa == Isa::hopper) {
             static_assert(KeyTerms == 1, "two-term keys leave no room for a second block on the multiprocessor");
-            Acc scores;  // weighed while P H_c is under way
-            products_begin<isa>(scores, ap[0], ap[KTiles - 1]);
-            mma_ABt<isa, 1, false>(scores, p[0], sm.keys, lane);
-            if constexpr (KTiles == 2) mma_ABt<isa, 1>(scores, p[1], sm.keys + kPanel, lane);
-            products_commit<isa>();
-            multiply_by_h<isa>(ap, p, sm.h, lane);
-            products_commit<isa>();
-            products_wait<isa, 1>(scores);
-            {
-                const float row_weight[2] = {of_row(own_weight, 0, lane), of_row(own_weight, 1, lane)};
-                weigh_scores(scores.c, 0, row_weight, lane, first_row);
-            }
-            Operand<1> weights;
-            acc_operand(weights, scores);
-            products_wait<isa, 0>(ap[0], ap[KTiles - 1]);
-            scale_by_decay();
-            products_begin<isa>(ap[0], ap[KTiles - 1]);
-            mma_AB<isa, 1>(ap, weights, sm.keys, kPanel, lane);
-            products_end<isa>(ap[0], ap[KTiles - 1]);
+            lane_lamb = lamb_of_lane();
+            const auto multiply = [&](auto all_level) {
+                Acc scores;  // weighed while P H_c is under way
+                products_begin<isa>(scores, ap[0], ap[KTiles - 1]);
+                mma_ABt<isa, 1, false>(scores, p[0], sm.keys, lane);
+                if constexpr (KTiles == 2) mma_ABt<isa, 1>(scores, p[1], sm.keys + kPanel, lane);
+                products_commit<isa>();
+                multiply_by_h<isa>(ap, p, sm.h, lane);
+                products_commit<isa>();
+                products_wait<isa, 1>(scores);
+                weigh_scores(all_level, scores.c, 0, lane, first_row);
+                Operand<1> weights;
+                acc_operand(weights, scores);
+                if constexpr (!decltype(all_level)::value) {
+                    products_wait<isa, 0>(ap[0], ap[KTiles - 1]);
+                    weigh_state();
+                    products_begin<isa>(ap[0], ap[KTiles - 1]);
+                }
+                mma_AB<isa, 1>(ap, weights, sm.keys, kPanel, lane);
+                products_commit<isa>();
+#pragma unroll
+                for (int n = 0; n < kEarlyLamb; ++n) early[n] = lamb_at(lane_lamb, 0, n);
+                products_wait<isa, 0>(ap[0], ap[KTiles - 1]);
+            };
+            if (level_rows == kChunk) multiply(std::true_type());
+            else multiply(std::false_type());
         } else {
             multiply_by_h<isa>(ap, p, sm.h, lane);
-            scale_by_decay();
+            if (first_row + 16 > level_rows) weigh_state();
             // (P K') o M, some tokens j at a time, to keep within the registers; this warp's rows see none past its
             // last.
             constexpr int kTokens = KTiles == 2 && KeyTerms == 1 ? 32 : 16;
@@ -465,8 +514,8 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
                         for (int t = 0; t < KeyTerms; ++t)
                             mma_ABt_step(scores, p[kt].term[0].r[k], keys + t * kPanel, k, lane);
                     }
-                const float row_weight[2] = {of_row(own_weight, 0, lane), of_row(own_weight, 1, lane)};
-                weigh_scores(scores, first, row_weight, lane, first_row);
+                if (first_row + 16 <= level_rows) weigh_scores(std::true_type(), scores, first, lane, first_row);
+                else weigh_scores(std::false_type(), scores, first, lane, first_row);
 #pragma unroll
                 for (int k = 0; k < kTokens / 16; ++k) {
                     uint32_t hi[4], lo[4];
@@ -483,21 +532,21 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         }
 
         // A p in true units (of the stored p), and p.Ap.
-        const LambPair* lane_lamb = lamb_of_lane();
+        const float unit[2] = {unit_of_row(0, lane, first_row), unit_of_row(1, lane, first_row)};
+        if (isa != Isa::hopper) lane_lamb = lamb_of_lane();
         float pAp[2] = {0.f, 0.f};
-        const float row_mu[2] = {mu_of_row(0), mu_of_row(1)};
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const LambPair l = lamb_at(lane_lamb, kt, n);
+                const LambPair l = lamb_of_columns(kt, n);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const float2 d = direction_at(p[kt], n, half, 0);
                     float& u = ap[kt].c[n][half * 2];
                     float& v = ap[kt].c[n][half * 2 + 1];
-                    u = fmaf(l.lamb[0], d.x, row_mu[half] * u);
-                    v = fmaf(l.lamb[1], d.y, row_mu[half] * v);
+                    u = fmaf(l.lamb[0], d.x, unit[half] * u);
+                    v = fmaf(l.lamb[1], d.y, unit[half] * v);
                     pAp[half] = fmaf(d.x, u, fmaf(d.y, v, pAp[half]));
                 }
             }
@@ -514,7 +563,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
-                const LambPair l = lamb_at(lane_lamb, kt, n);
+                const LambPair l = lamb_of_columns(kt, n);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     float *const u = &r[kt].c[n][half * 2], *const z = &ap[kt].c[n][half * 2];
@@ -557,16 +606,27 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     const int to_slot = block / a.heads.count;
     const int to_head = a.heads.first + block % a.heads.count;
     const Chunk to_write = find_chunk(a.problem, to_slot);
-    const float rhs_scale_of[2] = {scales_of_row(own_scales, 0, end_lane).rhs(),
-                                   scales_of_row(own_scales, 1, end_lane).rhs()};
     Acc x[KTiles];
 #pragma unroll
-    for (int kt = 0; kt < KTiles; ++kt) {
+    for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
             const float4 v = sm.x[(kt * 8 + n) * kThreads + thread];
             x[kt].c[n][0] = v.x, x[kt].c[n][1] = v.y, x[kt].c[n][2] = v.z, x[kt].c[n][3] = v.w;
         }
+    // V comes in the place of x and G in that of H, while x is stored and multiplied.
+    const int out_tiles = (a.problem.V + kChunk - 1) / kChunk;
+    const int64_t g_place = state_tile(a.states, to_slot, to_head, out_tiles + KTiles, 0);
+    if constexpr (kind == Solve::forward) {
+        __syncthreads();  // all steps have been taken, and x has been read
+        fetch_rows<kMaxVTiles, KeyTerms>(sm.values, a.values, to_write, to_head, 0);
+        copy_tiles_async<KTiles * 2>(sm.h, a.states, g_place, out_tiles);
+        ptx::cp_async_commit();
+    }
+    const float rhs_scale_of[2] = {scales_of_row(own_scales, 0, end_lane).rhs(),
+                                   scales_of_row(own_scales, 1, end_lane).rhs()};
+#pragma unroll
+    for (int kt = 0; kt < KTiles; ++kt) {
         scale_rows(x[kt], rhs_scale_of[0], rhs_scale_of[1]);
         if (a.x.tile[kt].data) store_strip<true>(a.x.tile[kt], to_write, to_head, end_first_row, 0, x[kt], end_lane);
         if (kind == Solve::adjoint && a.rounded.data)
@@ -619,19 +679,11 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     }
 
     if constexpr (kind == Solve::forward) {
-        // V comes in the place of x and G in that of H, while X K' is worked on.
-        const int out_tiles = (a.problem.V + kChunk - 1) / kChunk;
-        const int64_t g_place = state_tile(a.states, to_slot, to_head, out_tiles + KTiles, 0);
-        __syncthreads();  // all steps have been taken
-        fetch_rows<kMaxVTiles, KeyTerms>(sm.values, a.values, to_write, to_head, 0);
-        ptx::cp_async_commit();
-        copy_tiles_async<KTiles * 2>(sm.h, a.states, g_place, out_tiles);
-        ptx::cp_async_commit();
         const int end_own_row = end_first_row + acc_row(end_lane, end_lane & 1);
         if (end_lane % 4 < 2) {  // the values' scales are to take the place of the keys' in the weights
             const float inverse = pow2_inverse(own_scales.key());
             sm.gates.beta[end_own_row] *= inverse;
-            sm.mild_weight[end_own_row] *= inverse;
+            sm.level_weight[end_own_row] *= inverse;
         }
 
         float x_scale[2];
@@ -645,51 +697,67 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         if constexpr (KTiles == 2) mma_ABt<isa, KeyTerms>(scores, queries[1], sm.keys + KeyTerms * kPanel, end_lane);
         products_end<isa>(scores);
 
-        __syncthreads();  // the weights are without the keys' scales
-        ptx::cp_async_wait<1>();
-        const auto put_scale = [&](int t, float scale) { sm.gates.beta[t] *= scale, sm.mild_weight[t] *= scale; };
+        ptx::cp_async_wait<0>();
+        publish_shared<isa>();
+        __syncthreads();  // and the weights are without the keys' scales
+        // With wgmma the state's part of wide heads is made for both column tiles (of the second, where there is none,
+        // for nothing) while V is converted and the scores are weighed.
+        constexpr int kTogether = isa == Isa::hopper ? KTiles : 1, kStateTile = KTiles * 2 * kPanel;
+        constexpr bool kEarly = kTogether == kMaxVTiles;
+        Acc out[kTogether];
+        const auto read_state = [&](int first) {
+            const __half* const g = sm.h + first * kStateTile;
+            products_begin<isa>(out[0], out[kTogether - 1]);
+            mma_AB<isa, 2, false>(out, queries[0], g, kStateTile, end_lane);
+            if constexpr (KTiles == 2) mma_AB<isa, 2>(out, queries[1], g + 2 * kPanel, kStateTile, end_lane);
+            products_commit<isa>();
+        };
+        if constexpr (kEarly) read_state(0);
+
+        const auto put_scale = [&](int t, float scale) { sm.gates.beta[t] *= scale, sm.level_weight[t] *= scale; };
         convert_rows<kMaxVTiles, KeyTerms>(sm.values, put_scale, a.values.dtype, 0);
         publish_shared<isa>();
         __syncthreads();
+        if (level_rows == kChunk) weigh_scores(std::true_type(), scores.c, 0, end_lane, end_first_row);
+        else weigh_scores(std::false_type(), scores.c, 0, end_lane, end_first_row);
         const float* const g_scale = a.states.scales + g_place;
         const float end_largest_h_scale = fmaxf(g_scale[out_tiles], g_scale[out_tiles + KTiles - 1]);
-        float score_scale[2], start_scale[2];
-        Operand<2> weights;
-        {
-            float row_weight[2];
+        const float largest_g_scale = fmaxf(g_scale[0], g_scale[out_tiles - 1]);
+        float score_scale[2], start_scale[2], unit[2];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float row_mu = scales_of_row(own_scales, half, end_lane).mu();
-                row_weight[half] = x_scale[half] * (of_row(own_weight, half, end_lane) * row_mu);
-                start_scale[half] = x_scale[half] * (start_weight[end_first_row + acc_row(end_lane, half)] * row_mu *
-                                                     pow2_inverse(end_largest_h_scale));
-            }
-            weigh_scores(scores.c, 0, row_weight, end_lane, end_first_row);
-            // Where the state outweighs the chunk beyond float32, this keeps their ratio finite.
-            const float largest_g_scale = fmaxf(g_scale[0], g_scale[out_tiles - 1]) * pow2(-60);
-            normalise_rows(scores, score_scale, 8,
-                           {start_scale[0] * largest_g_scale, start_scale[1] * largest_g_scale});
-            acc_operand(weights, scores);
+        for (int half = 0; half < 2; ++half) {
+            unit[half] = fminf(x_scale[half] * unit_of_row(half, end_lane, end_first_row), FLT_MAX);
+            start_scale[half] = x_scale[half] * (start_weight[end_first_row + acc_row(end_lane, half)] *
+                                                 scales_of_row(own_scales, half, end_lane).mu() *
+                                                 pow2_inverse(end_largest_h_scale));
         }
-        ptx::cp_async_wait<0>();
-        publish_shared<isa>();
-        __syncthreads();
+        scale_rows(scores, unit[0], unit[1]);
+        // Where the state outweighs the chunk beyond float32, this keeps their ratio finite.
+        const float at_least = largest_g_scale * pow2(-60);
+        normalise_rows(scores, score_scale, 8, {start_scale[0] * at_least, start_scale[1] * at_least});
+        Operand<2> weights;
+        acc_operand(weights, scores);
+
 #pragma unroll 1
-        for (int tile = 0; tile < out_tiles; ++tile) {
+        for (int first = 0; first < (kEarly ? 1 : out_tiles); first += kTogether) {
             // The state's part in units of the scores', then these are added: one accumulator, to save registers.
-            const __half* const g = sm.h + tile * KTiles * 2 * kPanel;
-            Acc out;
-            products_begin<isa>(out);
-            mma_AB<isa, 2, false>(out, queries[0], g, end_lane);
-            if constexpr (KTiles == 2) mma_AB<isa, 2>(out, queries[1], g + 2 * kPanel, end_lane);
-            products_end<isa>(out);
-            scale_rows(out, start_scale[0] * g_scale[tile] * pow2_inverse(score_scale[0]),
-                       start_scale[1] * g_scale[tile] * pow2_inverse(score_scale[1]));
-            products_begin<isa>(out);
-            mma_AB<isa, KeyTerms>(out, weights, sm.values + tile * KeyTerms * kPanel, end_lane);
-            products_end<isa>(out);
-            scale_rows(out, score_scale[0], score_scale[1]);
-            store_strip(a.out, to_write, to_head, end_first_row, tile * kChunk, out, end_lane);
+            if constexpr (!kEarly) read_state(first);
+            products_wait<isa, 0>(out[0], out[kTogether - 1]);
+#pragma unroll
+            for (int u = 0; u < kTogether; ++u) {
+                const float scale = g_scale[min(first + u, out_tiles - 1)];
+                scale_rows(out[u], start_scale[0] * scale * pow2_inverse(score_scale[0]),
+                           start_scale[1] * scale * pow2_inverse(score_scale[1]));
+            }
+            products_begin<isa>(out[0], out[kTogether - 1]);
+            mma_AB<isa, KeyTerms>(out, weights, sm.values + first * KeyTerms * kPanel, KeyTerms * kPanel, end_lane);
+            products_end<isa>(out[0], out[kTogether - 1]);
+#pragma unroll
+            for (int u = 0; u < kTogether; ++u) {
+                if (first + u == out_tiles) break;
+                scale_rows(out[u], score_scale[0], score_scale[1]);
+                store_strip(a.out, to_write, to_head, end_first_row, (first + u) * kChunk, out[u], end_lane);
+            }
         }
     }
 }

