@@ -52,6 +52,8 @@ def check(path):
             f"!!! GPU REPORT STALE: the sources changed since {report['environment']['date']}; "
             "run bench/gpu_report.py --run again"
         )
+    elif missing := [part for part in PARTS if part not in report]:
+        print(f"!!! GPU REPORT INCOMPLETE: {', '.join(missing)} not run on these sources")
     else:
         print(f"GPU report: fresh ({report['environment']['device']}, {report['environment']['date']})")
 
