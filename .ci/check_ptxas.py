@@ -1,4 +1,4 @@
-"""Reads the output of `nvcc -Xptxas -v` from standard input; prints what every kernel uses; fails on what makes it slow.
+"""Reads the output of `nvcc -Xptxas -v` (stdin), prints what every kernel uses and fails on what makes it slow.
 
 A register spill or a stack frame means traffic to local memory, in the solver in every step of every token. Where ptxas
 serializes wgmma, every product is waited for before the next begins; it says so in a line of information only.
