@@ -83,11 +83,15 @@ def test_wrong_cu_seqlens_on_the_device_stay_inside_the_tensors():
         torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("size", [1, 2**-10])
 @pytest.mark.parametrize("name", ["k", "v", "beta", "q"])
-def test_zeros(device, dtype, name):
-    """All zero, and zero in half of the tokens."""
+def test_zeros(device, dtype, name, size):
+    """All zero, and zero in half of the tokens, beside keys and values of any size."""
     for half in (False, True):
         inputs = draw("random", device, dtype, T=70, K=16, V=8)
+        inputs.k *= size
+        inputs.v *= size
+        inputs.lamb *= size**2
         getattr(inputs, name)[:, 20:50 if half else None].zero_()
         if not half:
             getattr(inputs, name).zero_()

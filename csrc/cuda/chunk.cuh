@@ -1,6 +1,7 @@
 // Where a chunk lies, its gates, and the way of rows from global memory into panels.
 #pragma once
 
+#include <cfloat>
 #include <climits>
 
 #include <cuda_bf16.h>
@@ -326,6 +327,11 @@ __device__ __forceinline__ Pair largest_of(const uint4& words) {
     return __hmax2(__hmax2(at(words.x), at(words.y)), __hmax2(at(words.z), at(words.w)));
 }
 
+// Scales of rows are factors of weights, the largest of which sets the unit of the others: zeros get the least.
+__device__ __forceinline__ Pow2Scale row_scale_to(float amax, int target) {
+    return scale_to(fmaxf(amax, FLT_MIN), target);
+}
+
 struct RowsToConvert {  // to a largest element in [2^target, 2^(target + 1))
     __half* panels;
     int target;
@@ -358,7 +364,7 @@ __device__ __forceinline__ void convert_narrow_rows(const RowsToConvert (&of)[N]
 #pragma unroll
         for (int r = 0; r < N; ++r) {
             const float2 pair = unpack(dtype, reinterpret_cast<const uint32_t&>(largest[r]));
-            const Pow2Scale s = scale_to(fmaxf(pair.x, pair.y), of[r].target);
+            const Pow2Scale s = row_scale_to(fmaxf(pair.x, pair.y), of[r].target);
             down[r] = s.down;
 #pragma unroll
             for (int i = 0; i < Panels; ++i) {
@@ -397,7 +403,7 @@ __device__ __forceinline__ void convert_rows(__half* panels, const PutScale& put
             }
 #pragma unroll
             for (int d = 1; d < 8; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
-            const Pow2Scale s = scale_to(amax, target);
+            const Pow2Scale s = row_scale_to(amax, target);
             __syncwarp();  // the row has been read
 #pragma unroll
             for (int i = 0; i < Panels; ++i)

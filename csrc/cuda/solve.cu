@@ -457,7 +457,9 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         const LambPair* lane_lamb;
         LambPair early[kEarlyLamb];
         const auto lamb_of_columns = [&](int kt, int n) {
-            return isa == Isa::hopper && kt == 0 && n < kEarlyLamb ? early[n] : lamb_at(lane_lamb, kt, n);
+            if constexpr (isa == Isa::hopper)
+                if (kt == 0 && n < kEarlyLamb) return early[n];
+            return lamb_at(lane_lamb, kt, n);
         };
         const auto weigh_state = [&] {
             float weight[2];
