@@ -240,7 +240,7 @@ __device__ __forceinline__ void prefetch_rows(const Rows& m, const Chunk& c, int
     const int t = threadIdx.x / kLanes, size = m.dtype == DType::f32 ? 4 : 2;
     if (t >= c.length) return;
     const char* const row = static_cast<const char*>(m.data) + row_offset(m, c, t, head) * size;
-#pragma unroll 1  // as in convert_narrow_rows
+#pragma unroll 1  // as in convert_rows
     for (int at = threadIdx.x % kLanes * kLine; at < m.width * size; at += kLanes * kLine) ptx::prefetch_l2(row + at);
 }
 
@@ -251,24 +251,29 @@ __device__ __forceinline__ float max_abs(const float (&v)[8]) {
     return m;
 }
 
-// Eight numbers times `scale`, as one or two terms, into row `row`, columns col .. col + 7 of a panel.
+// Eight numbers times `scale`, as one or two terms, into a panel's piece of 16 bytes.
 template <int Terms>
-__device__ __forceinline__ void store_panel8(__half* panel, int row, int col, const float (&v)[8], float scale) {
+__device__ __forceinline__ void store_piece8(__half* to, const float (&v)[8], float scale) {
     uint32_t hi[4], lo[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if constexpr (Terms == 2) split(v[i * 2] * scale, v[i * 2 + 1] * scale, hi[i], lo[i]);
         else hi[i] = pack(v[i * 2] * scale, v[i * 2 + 1] * scale);
     }
-    const int at = panel_offset(row, col);
-    *reinterpret_cast<uint4*>(panel + at) = {hi[0], hi[1], hi[2], hi[3]};
-    if constexpr (Terms == 2) *reinterpret_cast<uint4*>(panel + kPanel + at) = {lo[0], lo[1], lo[2], lo[3]};
+    *reinterpret_cast<uint4*>(to) = {hi[0], hi[1], hi[2], hi[3]};
+    if constexpr (Terms == 2) *reinterpret_cast<uint4*>(to + kPanel) = {lo[0], lo[1], lo[2], lo[3]};
+}
+
+// Row `row`, columns col .. col + 7 of a panel.
+template <int Terms>
+__device__ __forceinline__ void store_panel8(__half* panel, int row, int col, const float (&v)[8], float scale) {
+    store_piece8<Terms>(panel + panel_offset(row, col), v, scale);
 }
 
 // Rows come into panels in two moves, so that all that a block needs can be on its way at once: fetch_rows sends them
 // by cp.async to the very rows of the panels that their elements will have, convert_rows makes fp16 of them there.
-// Eight neighbouring threads share a row, and a thread converts eight columns of every panel: part_column() and the
-// next.
+// Eight neighbouring threads fetch a row; of float32 a thread converts eight columns of every panel too: part_column()
+// and the next.
 __device__ __forceinline__ int part_column() { return threadIdx.x % 8 * 8; }
 
 // Where a float32 row's 16-byte piece `piece` of a panel's width (0 to 15) waits: the first half of the row in that of
@@ -303,7 +308,7 @@ __device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const 
     const int first = threadIdx.x / 8, part = threadIdx.x % 8;
     const char* row = static_cast<const char*>(m.data) + (row_offset(m, c, first, head) + col0) * kSize;
     const int64_t step = m.token_stride * (kRowsAtOnce * kSize);
-#pragma unroll 1  // as in convert_narrow_rows
+#pragma unroll 1  // as in convert_rows
     for (int t = first; t < kChunk; t += kRowsAtOnce, row += step)
 #pragma unroll
         for (int i = 0; i < Panels * (Float32 ? 2 : 1); ++i) {
@@ -332,72 +337,52 @@ __device__ __forceinline__ Pow2Scale row_scale_to(float amax, int target) {
     return scale_to(fmaxf(amax, FLT_MIN), target);
 }
 
-struct RowsToConvert {  // to a largest element in [2^target, 2^(target + 1))
-    __half* panels;
-    int target;
-};
-
-// convert_rows of the first `rows` rows of several tensors of 16-bit numbers at once, so that none waits for itself;
-// put_scales(row, what undoes theirs).
-template <DType dtype, int Panels, int Terms, int Threads, int N, typename PutScales>
-__device__ __forceinline__ void convert_narrow_rows(const RowsToConvert (&of)[N], int rows,
-                                                    const PutScales& put_scales) {
+// convert_rows of 16-bit numbers. Two threads share a row, one of those that their warp has fetched. Of these rows some
+// are 16 apart and lie in the same banks: there every second one begins with the other half.
+template <DType dtype, int Panels, int Terms, typename PutScale>
+__device__ __forceinline__ void convert_narrow_rows(__half* panels, const PutScale& put_scale, int target) {
     using Pair = std::conditional_t<dtype == DType::f16, __half2, __nv_bfloat162>;
-#pragma unroll 1  // the kernels are long: what misses the instruction cache costs more than the loop
-    for (int t = threadIdx.x / 8; t < rows; t += Threads / 8) {
-        Raw8<false> raw[N][Panels];
-        Pair largest[N] = {};
+    constexpr int kPieces = Panels * 4;  // of 16 bytes, a thread's part of the row
+    const unsigned thread = ptx::opaque(threadIdx.x);  // or places would be kept from one call to the next
+    const int lane = thread % 32, other_half = lane >> 2 & 1;
+    const int row = thread / 32 * 4 + lane % 16 / 4 * 16 + lane % 4;
+    const int panel = Panels == 2 ? lane / 16 : 0;
+    const int first_piece = (Panels == 2 ? other_half : lane / 16 ^ other_half) * 4;
+    __half* const row_at = panels + panel * Terms * kPanel + row * kChunk;
+    const auto piece = [&](int p) { return row_at + ((first_piece ^ row % 8) ^ p) * 8; };
+    uint4 raw[kPieces];
+    Pair largest;
 #pragma unroll
-        for (int r = 0; r < N; ++r)
-#pragma unroll
-            for (int i = 0; i < Panels; ++i) {
-                const int col = ptx::opaque(part_column());  // or addresses would be kept from row to row
-                raw[r][i] = waiting_piece<false>(of[r].panels + i * Terms * kPanel, t, col);
-                largest[r] = __hmax2(largest[r], largest_of<Pair>(raw[r][i].words[0]));
-            }
-#pragma unroll
-        for (int d = 1; d < 8; d *= 2)
-#pragma unroll
-            for (int r = 0; r < N; ++r)
-                largest[r] = __hmax2(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], d));
-        float down[N];
-#pragma unroll
-        for (int r = 0; r < N; ++r) {
-            const float2 pair = unpack(dtype, reinterpret_cast<const uint32_t&>(largest[r]));
-            const Pow2Scale s = row_scale_to(fmaxf(pair.x, pair.y), of[r].target);
-            down[r] = s.down;
-#pragma unroll
-            for (int i = 0; i < Panels; ++i) {
-                float v[8];
-                convert8<false>(v, raw[r][i], dtype);
-                store_panel8<Terms>(of[r].panels + i * Terms * kPanel, t, part_column(), v, s.up);
-            }
-        }
-        if (threadIdx.x % 8 == 0) put_scales(t, down);
+    for (int p = 0; p < kPieces; ++p) {
+        raw[p] = *reinterpret_cast<const uint4*>(piece(p));
+        largest = p ? __hmax2(largest, largest_of<Pair>(raw[p])) : largest_of<Pair>(raw[p]);
     }
-}
-
-template <int Panels, int Terms, int Threads = kThreads, int N, typename PutScales>
-__device__ __forceinline__ void convert_narrow_rows(const RowsToConvert (&of)[N], int rows, DType dtype,
-                                                    const PutScales& put_scales) {
-    if (dtype == DType::f16) convert_narrow_rows<DType::f16, Panels, Terms, Threads>(of, rows, put_scales);
-    else convert_narrow_rows<DType::bf16, Panels, Terms, Threads>(of, rows, put_scales);
+    largest = __hmax2(largest, __shfl_xor_sync(0xffffffffu, largest, 16));
+    const float2 pair = unpack(dtype, reinterpret_cast<const uint32_t&>(largest));
+    const Pow2Scale s = row_scale_to(fmaxf(pair.x, pair.y), target);
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+        float v[8];
+        convert8<false>(v, Raw8<false>{{raw[p]}}, dtype);
+        store_piece8<Terms>(piece(p), v, s.up);
+    }
+    if (lane < 16) put_scale(row, s.down);
 }
 
 // Once this thread's cp.async are complete: rows scaled by powers of two so that a row's largest element lies in
-// [2^target, 2^(target + 1)); put_scale(row, what undoes it) is called by one thread for each. Two terms are for what
-// is not exact in one. Of 16-bit rows AtOnce are converted at once.
-template <int Panels, int Terms, bool Float32 = Terms == 2, int AtOnce = 1, int Threads = kThreads, typename PutScale>
+// [2^target, 2^(target + 1)); put_scale(row, what undoes it) is called by one thread for each, always the same. Two
+// terms are for what is not exact in one.
+template <int Panels, int Terms, bool Float32 = Terms == 2, typename PutScale>
 __device__ __forceinline__ void convert_rows(__half* panels, const PutScale& put_scale, DType dtype, int target) {
+    __syncwarp();  // other threads of the row have fetched parts of this thread's
     if constexpr (Float32) {
-        __syncwarp();  // other threads of the row have fetched parts of this thread's
-#pragma unroll 1  // as above
-        for (int t = threadIdx.x / 8; t < kChunk; t += Threads / 8) {
+#pragma unroll 1  // the kernels are long: what misses the instruction cache costs more than the loop
+        for (int t = threadIdx.x / 8; t < kChunk; t += kThreads / 8) {
             float v[Panels][8];
             float amax = 0.f;
 #pragma unroll
             for (int i = 0; i < Panels; ++i) {
-                const int col = ptx::opaque(part_column());
+                const int col = ptx::opaque(part_column());  // or addresses would be kept from row to row
                 convert8<true>(v[i], waiting_piece<true>(panels + i * Terms * kPanel, t, col), dtype);
                 amax = fmaxf(amax, max_abs(v[i]));
             }
@@ -410,21 +395,16 @@ __device__ __forceinline__ void convert_rows(__half* panels, const PutScale& put
                 store_panel8<Terms>(panels + i * Terms * kPanel, t, part_column(), v[i], s.up);
             if (threadIdx.x % 8 == 0) put_scale(t, s.down);
         }
+    } else if (dtype == DType::f16) {
+        convert_narrow_rows<DType::f16, Panels, Terms>(panels, put_scale, target);
     } else {
-        constexpr int kRows = kChunk / AtOnce;
-        RowsToConvert of[AtOnce];
-#pragma unroll
-        for (int r = 0; r < AtOnce; ++r) of[r] = {panels + r * kRows * kChunk, target};
-        convert_narrow_rows<Panels, Terms, Threads>(of, kRows, dtype, [&](int t, const float (&down)[AtOnce]) {
-#pragma unroll
-            for (int r = 0; r < AtOnce; ++r) put_scale(t + r * kRows, down[r]);
-        });
+        convert_narrow_rows<DType::bf16, Panels, Terms>(panels, put_scale, target);
     }
 }
 
-template <int Panels, int Terms, bool Float32 = Terms == 2, int AtOnce = 1, int Threads = kThreads>
+template <int Panels, int Terms, bool Float32 = Terms == 2>
 __device__ __forceinline__ void convert_rows(__half* panels, float* row_scale, DType dtype, int target) {
-    convert_rows<Panels, Terms, Float32, AtOnce, Threads>(
+    convert_rows<Panels, Terms, Float32>(
         panels, [row_scale](int t, float scale) { row_scale[t] = scale; }, dtype, target);
 }
 

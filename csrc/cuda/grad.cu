@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     else if (tile < column_tiles) sm.adjoint_scale[tile] = own_scalar;
     ptx::cp_async_wait<3>();
     convert_rows<KTiles, 2>(sm.x, sm.x_scale, a.x.dtype, 4);
-    convert_rows<KTiles, Terms, Terms == 2, 2>(sm.k, sm.k_scale, a.k.dtype, 0);
+    convert_rows<KTiles, Terms>(sm.k, sm.k_scale, a.k.dtype, 0);
     publish_shared<isa>();
     __syncthreads();
 
@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         if (ct + 1 < column_tiles) prefetch_panels<KTiles * 2>(tile_of(a.adjoints, adjoint_place(ct + 1)));
         ptx::cp_async_wait<1>();  // dS may still be on its way
         if (is_v) {
-            convert_rows<1, 2, Terms == 2, 2>(sm.d_o, sm.do_scale, a.d_o.dtype, 4);
-            convert_rows<1, Terms, Terms == 2, 2>(sm.v, sm.v_scale, a.v.dtype, 0);
+            convert_rows<1, 2, Terms == 2>(sm.d_o, sm.do_scale, a.d_o.dtype, 4);
+            convert_rows<1, Terms>(sm.v, sm.v_scale, a.v.dtype, 0);
         } else {
             convert_rows<1, 2>(sm.d_o, sm.do_scale, DType::f32, 4);
         }

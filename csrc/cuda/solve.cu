@@ -251,22 +251,25 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         for_h_tiles<KTiles>(a.states.panels + place * KTiles * 2 * kPanel,
                             [](int, const __half* tile) { prefetch_panels<2>(tile); });
         PowersOfTwo* const scales = sm.token_scales;
-        if (KeyTerms == 1 && (KTiles == kMaxVTiles || value_tiles == 1)) {
-            const RowsToConvert of[3] = {{d_o, 4}, {sm.keys, kKeyExponent}, {sm.values, 0}};
-            convert_narrow_rows<KTiles, KeyTerms>(of, kChunk, a.keys.dtype, [scales](int t, const float (&down)[3]) {
-                PowersOfTwo of_token;
-                of_token.set_first(down[0]), of_token.add_second(down[1]), of_token.add_third(down[2]);
-                scales[t] = of_token;
-            });
-        } else {  // the scales of a token come from the same thread
-            const auto put_first = [scales](int t, float scale) { scales[t].set_first(scale); };
-            const auto put_second = [scales](int t, float scale) { scales[t].add_second(scale); };
-            const auto put_third = [scales](int t, float scale) { scales[t].add_third(scale); };
-            with_value_tiles([&](auto tiles) {
-                convert_rows<tiles.value, KeyTerms>(d_o, put_first, a.rhs.dtype, 4);
-                convert_rows<tiles.value, KeyTerms>(sm.values, put_third, a.values.dtype, 0);
-            });
-            convert_rows<KTiles, KeyTerms>(sm.keys, put_second, a.keys.dtype, kKeyExponent);
+        // One after the other in a loop, which is less code. A token's scales come from the same thread.
+        const auto convert = [&](auto tiles, int first, int end) {
+#pragma unroll 1
+            for (int r = first; r < end; ++r) {
+                const auto put_scale = [&](int t, float scale) {
+                    if (r == 0) scales[t].set_first(scale);
+                    else if (r == 1) scales[t].add_third(scale);
+                    else scales[t].add_second(scale);
+                };
+                convert_rows<decltype(tiles)::value, KeyTerms>(r == 0 ? d_o : r == 1 ? sm.values : sm.keys, put_scale,
+                                                               a.keys.dtype, r == 0 ? 4 : r == 1 ? 0 : kKeyExponent);
+            }
+        };
+        constexpr std::integral_constant<int, KTiles> key_tiles{};
+        if (KTiles == kMaxVTiles || value_tiles == 1) {
+            convert(key_tiles, 0, 3);
+        } else {
+            convert(std::integral_constant<int, kMaxVTiles>(), 0, 2);
+            convert(key_tiles, 2, 3);
         }
         publish_shared<isa>();
         __syncthreads();
@@ -455,7 +458,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         Acc ap[KTiles];
         constexpr int kEarlyLamb = KTiles == 2 ? 8 : 4;  // pairs asked for during the last product, with wgmma
         const LambPair* lane_lamb;
-        LambPair early[kEarlyLamb];
+        LambPair early[kEarlyLamb] = {};
         const auto lamb_of_columns = [&](int kt, int n) {
             if constexpr (isa == Isa::hopper)
                 if (kt == 0 && n < kEarlyLamb) return early[n];
@@ -575,12 +578,14 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
                 }
             }
 
-        // x += alpha p and p = z + beta p, in its new scale; the direction of a row that has ended is zero.
+        // x += alpha p and p = z + beta p, in its new scale; the direction of a row that has ended is zero. beta's and
+        // the sum's rounding to fp16 cost nothing where few steps are taken, and up to one step in 20 where many are.
         const float beta = row.advance(own_sum(rz, lane), tol_squared);
         direction = direction_scale(row.pp, lamb_exponent);
         const float own_add = row.active() ? direction : 0.f, own_keep = beta * direction * inverse_direction;
         const float add[2] = {of_row(own_add, 0, lane), of_row(own_add, 1, lane)};
-        const float keep[2] = {of_row(own_keep, 0, lane), of_row(own_keep, 1, lane)};
+        const __half2 keep[2] = {__float2half2_rn(of_row(own_keep, 0, lane)),
+                                 __float2half2_rn(of_row(own_keep, 1, lane))};
 #pragma unroll
         for (int kt = 0; kt < KTiles; ++kt)
 #pragma unroll
@@ -595,10 +600,11 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
                 v.z = fmaf(alpha[1], d[1].x, v.z), v.w = fmaf(alpha[1], d[1].y, v.w);
                 x = v;
 #pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    p[kt].term[0].r[n / 2][n % 2 * 2 + half] =
-                        pack(fmaf(ap[kt].c[n][half * 2], add[half], d[half].x * keep[half]),
-                             fmaf(ap[kt].c[n][half * 2 + 1], add[half], d[half].y * keep[half]));
+                for (int half = 0; half < 2; ++half) {
+                    uint32_t& stored = p[kt].term[0].r[n / 2][n % 2 * 2 + half];
+                    const float* const z = &ap[kt].c[n][half * 2];
+                    stored = fma_pairs(stored, keep[half], pack(z[0] * add[half], z[1] * add[half]));
+                }
             }
     }
 

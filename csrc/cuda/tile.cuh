@@ -54,6 +54,12 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
 
 __device__ __forceinline__ float2 unpack(uint32_t u) { return __half22float2(reinterpret_cast<const __half2&>(u)); }
 
+// a b + c of pairs, rounded once.
+__device__ __forceinline__ uint32_t fma_pairs(uint32_t a, __half2 b, uint32_t c) {
+    const __half2 sum = __hfma2(reinterpret_cast<const __half2&>(a), b, reinterpret_cast<const __half2&>(c));
+    return reinterpret_cast<const uint32_t&>(sum);
+}
+
 // hi + lo = (a, b) to 22 bits.
 __device__ __forceinline__ void split(float a, float b, uint32_t& hi, uint32_t& lo) {
     hi = pack(a, b);
