@@ -1,6 +1,11 @@
-"""Runs every test that takes `device` on the CPU and, marked gpu, on CUDA; poisons memory that is not written yet."""
+"""Runs every test that takes `device` on the CPU and, marked gpu, on CUDA; poisons memory that is not written yet.
+
+With --emulated LIBRARY (CMake's target mesa_ext_emulated) tests on the CPU, but those in float64, call the operators for
+CUDA on the emulator, and CUDA's bars hold.
+"""
 
 import os
+import warnings
 
 # Before torch starts its threads: idle ones that spin would take the processor from those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -12,6 +17,7 @@ import pytest
 import torch
 
 from mesa_ext import _C
+from tests import regimes
 
 # torch.empty and at::empty hand out NaN (largest integers), so that an element left unwritten cannot pass for a result.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -23,9 +29,34 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("mesa")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--emulated", metavar="LIBRARY", help="run CUDA's kernels on the emulator instead of the CPU's")
+
+
 def pytest_configure(config):
+    if config.getoption("--emulated"):
+        config.emulated = _emulate(config.getoption("--emulated"))
     config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
     config.addinivalue_line("filterwarnings", "ignore:Deterministic behavior was enabled:UserWarning")
+
+
+def _emulate(path):
+    """Puts the emulator's operators in the place of the CPU's; they stay there as long as what is returned."""
+    torch.ops.load_library(path)
+    overrides = torch.library.Library("mesa_ext", "IMPL")
+    for name in ("chunk_forward", "chunk_backward", "decode_step"):
+        cpu = torch.library.get_kernel(f"mesa_ext::{name}", "CPU")
+        emulated = getattr(torch.ops.mesa_ext_emulated, name).default
+
+        def call(keys, *inputs, cpu=cpu, emulated=emulated):
+            wide = any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in inputs)
+            return cpu.call_boxed(keys, *inputs) if wide else emulated(*inputs)
+
+        with warnings.catch_warnings():  # that something is overridden
+            warnings.simplefilter("ignore")
+            overrides.impl(name, call, "CPU", with_keyset=True, allow_override=True)
+    regimes.BARS.update({("cpu", dtype): bars for (device, dtype), bars in regimes.BARS.items() if device == "cuda"})
+    return overrides
 
 
 def pytest_runtest_setup(item):
