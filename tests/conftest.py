@@ -56,6 +56,7 @@ def _emulate(path):
             warnings.simplefilter("ignore")
             overrides.impl(name, call, "CPU", with_keyset=True, allow_override=True)
     regimes.BARS.update({("cpu", dtype): bars for (device, dtype), bars in regimes.BARS.items() if device == "cuda"})
+    regimes.CUDA_KERNELS_ON.add("cpu")
     return overrides
 
 
