@@ -246,7 +246,7 @@ def bar_for(inputs: Inputs, kappa: float | None = None, device: str | None = Non
 
 
 def bar_for_gates(inputs: Inputs, expected: dict[str, Tensor], do: Tensor) -> Callable[[str], float]:
-    """The bars where inputs are drawn at will: as bar_for, but for gradients of gates that cancel.
+    """The bars where inputs are drawn at will: as bar_for, but for what cancels, gradients of gates before all.
 
     With 16-bit inputs the CUDA solver rounds the weights by which the tokens of a chunk meet to 11 bits, so x and w are
     off by as much, which averages out in sums over many tokens. The gradient of one gate, x (do.v - w.k), may cancel,
@@ -256,25 +256,24 @@ def bar_for_gates(inputs: Inputs, expected: dict[str, Tensor], do: Tensor) -> Ca
     width 1 30, one of them at 2.4e-2; the worst took 0.4 of this one.)
 
     What a token's own key adds to its x cancels by up to the condition, and its errors with it. Of texts of fewer than
-    16 tokens no bar is less than 11 bits times that, or 3e-2 (seen: o 1.3e-2, dk 1.1e-2, one token, lamb .02).
+    16 tokens no bar but the states' is less than 11 bits times that, or 3e-2 (seen: o 1.3e-2, dk 1.1e-2, one token,
+    lamb .02).
     """
-    plain, least = bar_for(inputs), 0.0
+    plain = bar_for(inputs)
     if inputs.q.device.type not in CUDA_KERNELS_ON or inputs.q.dtype.itemsize > 2:
         return plain
     tokens = inputs.q.shape[1] if inputs.cu_seqlens is None else inputs.cu_seqlens.diff().max().item()
-    if 0 < tokens < 16:
-        least = min(2**-11 * inputs.condition(), 3e-2)
+    least = min(2**-11 * inputs.condition(), 3e-2) if 0 < tokens < 16 else 0.0
+    gates = [name for name in ("dg", "dbeta") if name in expected and expected[name].norm() > 0]
+    floors = _gate_floors(inputs, do) if gates else {}
+    gate_bars = {
+        name: (8 if expected[name].numel() < 16 else 2) * floors[name] / expected[name].norm().item() for name in gates
+    }
 
     def bar(name: str) -> float:
-        return max(plain(name), least)
+        return plain(name) if name.startswith("h_") else max(plain(name), least, gate_bars.get(name, 0.0))
 
-    gates = {name for name in ("dg", "dbeta") if name in expected and expected[name].numel()}
-    if not gates:
-        return bar
-    floors = _gate_floors(inputs, do)
-    size = {name: expected[name].norm().item() for name in gates}
-    times = {name: 8 if expected[name].numel() < 16 else 2 for name in gates}
-    return lambda name: max(bar(name), times[name] * floors[name] / size[name]) if size.get(name) else bar(name)
+    return bar
 
 
 def _gate_floors(inputs: Inputs, do: Tensor, draws: int = 8) -> dict[str, float]:
