@@ -224,27 +224,37 @@ struct SegmentSums {
     float* decays_data() const { return decays.defined() ? decays.data_ptr<float>() : nullptr; }
 };
 
+// Two segments of every sequence go in turn where one of each fills the card: about a block for every multiprocessor.
+constexpr int64_t kBlocksThatFill = 128;
+
+void chunk_states(StateArgs args, cudaStream_t stream) {
+    const Problem& p = args.problem;
+    args.in_turn =
+        goes_in_turn(args) && int64_t(p.N) * args.heads.count.value() * (tiles(p.V) + tiles(p.K)) >= kBlocksThatFill;
+    C10_CUDA_CHECK(launch_chunk_states(args, stream));
+}
+
 void forward_states(const Call& c, const States& states, const Heads& heads, float* end_kk, float* end_kv) {
     const SegmentSums segments(c, heads.count.value());
-    C10_CUDA_CHECK(launch_chunk_states({c.problem,
-                                        c.k_rows(heads.all),
-                                        {c.v_rows(heads.all), c.k_rows(heads.all)},
-                                        c.gates(heads.all),
-                                        data_or_null<float>(c.h_kv),
-                                        data_or_null<float>(c.h_kk),
-                                        end_kv,
-                                        end_kk,
-                                        states.view(heads),
-                                        heads,
-                                        1,
-                                        false,
-                                        segments.sums_data(),
-                                        segments.decays_data(),
-                                        c.lamb.const_data_ptr<float>(),
-                                        states.lamb(),
-                                        {},
-                                        nullptr},
-                                       c.stream));
+    chunk_states({c.problem,
+                  c.k_rows(heads.all),
+                  {c.v_rows(heads.all), c.k_rows(heads.all)},
+                  c.gates(heads.all),
+                  data_or_null<float>(c.h_kv),
+                  data_or_null<float>(c.h_kk),
+                  end_kv,
+                  end_kk,
+                  states.view(heads),
+                  heads,
+                  1,
+                  false,
+                  segments.sums_data(),
+                  segments.decays_data(),
+                  c.lamb.const_data_ptr<float>(),
+                  states.lamb(),
+                  {},
+                  nullptr},
+                 c.stream);
 }
 
 // What every solve has; the rest is for the caller to set.
@@ -455,25 +465,25 @@ std::vector<Tensor> chunk_backward(
         C10_CUDA_CHECK(launch_solve(args, c.stream));
 
         const SegmentSums segments(c, heads.count.value());
-        C10_CUDA_CHECK(launch_chunk_states({c.problem,
-                                            x_rows,
-                                            {do_rows, w_rows},
-                                            c.gates(p.HO),
-                                            data_or_null<float>(start_kv),
-                                            data_or_null<float>(start_kk),
-                                            data_or_null<float>(end_kv),
-                                            data_or_null<float>(end_kk),
-                                            adjoints.view(heads),
-                                            heads,
-                                            static_cast<int>(p.outputs_per_state()),
-                                            true,
-                                            segments.sums_data(),
-                                            segments.decays_data(),
-                                            nullptr,
-                                            nullptr,
-                                            states.view(heads),
-                                            overlaps.data_ptr<float>()},
-                                           c.stream));
+        chunk_states({c.problem,
+                      x_rows,
+                      {do_rows, w_rows},
+                      c.gates(p.HO),
+                      data_or_null<float>(start_kv),
+                      data_or_null<float>(start_kk),
+                      data_or_null<float>(end_kv),
+                      data_or_null<float>(end_kk),
+                      adjoints.view(heads),
+                      heads,
+                      static_cast<int>(p.outputs_per_state()),
+                      true,
+                      segments.sums_data(),
+                      segments.decays_data(),
+                      nullptr,
+                      nullptr,
+                      states.view(heads),
+                      overlaps.data_ptr<float>()},
+                     c.stream);
 
         C10_CUDA_CHECK(launch_grad(
             {c.problem, x_rows, w_rows, do_rows, c.k_rows(p.HO), c.v_rows(p.HO), c.gates(p.HO), adjoints.view(heads),

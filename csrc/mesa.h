@@ -133,7 +133,8 @@ struct alignas(16) LambPair {
 
 // S <- decay S + sum_j w_j keys_j values_j', chunk by chunk, forwards from the initial state or (reverse) backwards
 // from the gradient of the final state. The state that a chunk meets is stored in `states`. Sequences longer than a
-// segment are worked on in parallel: the sum of every segment first, then the states before them, then all chunks.
+// segment are worked on in parallel: the sum of every segment first, then the states before them, then all chunks. Or
+// `in_turn`, see below.
 struct StateArgs {
     Problem problem;
     Rows keys;       // k, or x (reverse)
@@ -155,7 +156,16 @@ struct StateArgs {
     // of the chunks that meets_state() names, in overlap_parts() addends [slots, heads, parts], or null.
     SplitStates before;
     float* overlaps;
+    // Of a sequence's two segments the first before the second, which starts from where that ends: one pass less, but
+    // half as many blocks at a time. With no start this is the first one's sum, so that it changes no bit. Needs
+    // goes_in_turn().
+    bool in_turn = false;
+    int turn = -1;  // for the kernels' own use: the segment of every sequence that is worked on, or -1: all
 };
+// Whether the segments may be worked on in turn.
+inline bool goes_in_turn(const StateArgs& a) {
+    return !a.problem.cu_seqlens && a.problem.segments.of_each.value() == 2 && !a.start_kv && !a.start_kk;
+}
 // Addends of one chunk and head's <adjoint, state>: one of each warp of each column tile, at most 32.
 __host__ __device__ inline int overlap_parts(const Problem& p) { return (tiles(p.V) + tiles(p.K)) * tiles(p.K) * 4; }
 // Whether <adjoint, state> is made for chunk `index` of a sequence of so many chunks. The kernel that makes adjoints

@@ -30,7 +30,15 @@ class SolverInfo(NamedTuple):
 _ARGUMENTS = ("q", "k", "v", "g", "beta", "lamb")
 
 
+# Of the time of a decode step from Python, what happens here is a good part: the usual case goes the shortest way.
+
+
 def _check_tensors(function: str, *tensors: Tensor) -> None:
+    try:
+        if all(map(torch.is_floating_point, tensors)):
+            return
+    except TypeError:  # not a tensor; which one, it does not tell
+        pass
     for name, tensor in zip(_ARGUMENTS, tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -38,27 +46,41 @@ def _check_tensors(function: str, *tensors: Tensor) -> None:
             raise ValueError(f"{function}: {name} must have a floating dtype, got {tensor.dtype}")
 
 
-def _as_computed(q: Tensor, *gates: Tensor) -> list[Tensor]:
-    """g, beta and lamb in the dtype that goes with q; asking first is quicker than a conversion that does nothing."""
+def _as_computed(q: Tensor, g: Tensor, beta: Tensor, lamb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """g, beta and lamb in the dtype that goes with q."""
     dtype = compute_dtype(q.dtype)
-    return [a if a.dtype == dtype else a.to(dtype) for a in gates]
+    if g.dtype == beta.dtype == lamb.dtype == dtype:  # quicker than conversions that do nothing
+        return g, beta, lamb
+    return g.to(dtype), beta.to(dtype), lamb.to(dtype)
 
 
 def _state_pair(function: str, name: str, state: MesaState) -> tuple[Tensor, Tensor]:
-    if not (isinstance(state, (tuple, list)) and len(state) == 2 and all(isinstance(h, Tensor) for h in state)):
-        raise TypeError(
-            f"{function}: {name} must be a MesaState or a pair (h_kk, h_kv) of tensors, got {type(state).__name__}"
-        )
-    return state[0], state[1]
+    if isinstance(state, (tuple, list)) and len(state) == 2:
+        h_kk, h_kv = state
+        if isinstance(h_kk, Tensor) and isinstance(h_kv, Tensor):
+            return h_kk, h_kv
+    raise TypeError(
+        f"{function}: {name} must be a MesaState or a pair (h_kk, h_kv) of tensors, got {type(state).__name__}"
+    )
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Casts q, k and v as torch.autocast does for a matrix product: float64 is left alone."""
-    device = tensors[0].device.type
+    device = "cuda" if q.is_cuda else q.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return q, k, v
     dtype = torch.get_autocast_dtype(device)
-    return tuple(a if a.dtype == torch.float64 else a.to(dtype) for a in tensors)
+    return tuple(a if a.dtype == torch.float64 else a.to(dtype) for a in (q, k, v))
+
+
+def _empty_output(q: Tensor, v: Tensor) -> Tensor:
+    """For ``q [B, HQ, K]`` and ``v [B, HS, V]``; of other ranks q itself, for the operator to report."""
+    if q.ndim != 3 or v.ndim != 3:
+        return q
+    (batch, q_heads, _), (_, heads, width) = q.shape, v.shape
+    if q_heads <= heads:
+        return torch.empty_like(v, memory_format=torch.contiguous_format)
+    return q.new_empty((batch, q_heads, width))
 
 
 def _l2norm(x: Tensor) -> Tensor:
@@ -280,9 +302,6 @@ def mesa_decode_step(
         cg_tol = _CG_TOL.get(q.dtype, 0.0)
     gates = _as_computed(q, g, beta, lamb)
     if out is None:
-        out = q  # of a wrong rank, for the operator to report
-        if q.ndim == 3 and v.ndim == 3:
-            (batch, q_heads, _), (_, heads, width) = q.shape, v.shape
-            out = q.new_empty((batch, max(q_heads, heads), width))
+        out = _empty_output(q, v)
     decode_step(q, k, v, *gates, h_kk, h_kv, state_indices, max_cg_iterations, cg_tol, out)
     return out

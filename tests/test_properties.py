@@ -164,6 +164,25 @@ def test_packed_equals_separate_beyond_a_segment():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("K", [16, 128])
+def test_a_batch_that_fills_the_card_changes_nothing(K):
+    """Then a sequence's two segments are worked on one after the other; alone they are worked on beside each other."""
+    B, T, heads = 1024 // K, 4200, 2 if K == 16 else 4
+    for dtype in dtypes("cuda"):
+        inputs = draw("random", "cuda", dtype, B=B, T=T, heads=heads, K=K, V=K)
+        inputs.g.mul_(0.01)  # so that a segment's start still matters at its end
+        (do,) = output_gradients(inputs)
+        batch = attend(inputs, (do,))
+        for n in (0, B - 1):
+            sequence = Inputs(*(a[n : n + 1] for a in inputs.tokens()), inputs.lamb)
+            alone = attend(sequence, (do[n : n + 1],))
+            alone.pop("dlamb")  # of all sequences together
+            assert_bitwise({name: batch[name][n : n + 1] for name in alone}, alone)
+        if K == 16:
+            assert_accurate(sequence, alone, (do[n : n + 1],))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [None, [70, 0, 4200]], ids=["batch", "packed"])
 @pytest.mark.parametrize("heads", [4, (4, 1, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

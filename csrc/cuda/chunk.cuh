@@ -320,7 +320,9 @@ __device__ __forceinline__ void fetch_rows(__half* panels, const Rows& m, const 
         }
 }
 
-// Two neighbouring numbers of 16 bits: their magnitudes, and the larger ones of two pairs (NaNs do not count).
+// Two neighbouring numbers of 16 bits: their magnitudes, and the larger ones of four pairs (NaNs do not count).
+template <DType dtype>
+using HalfPair = std::conditional_t<dtype == DType::f16, __half2, __nv_bfloat162>;
 __device__ __forceinline__ __half2 magnitudes(__half2 pair) { return __habs2(pair); }
 __device__ __forceinline__ __nv_bfloat162 magnitudes(__nv_bfloat162 pair) {
     reinterpret_cast<uint32_t&>(pair) &= 0x7fff7fff;
@@ -341,7 +343,7 @@ __device__ __forceinline__ Pow2Scale row_scale_to(float amax, int target) {
 // are 16 apart and lie in the same banks: there every second one begins with the other half.
 template <DType dtype, int Panels, int Terms, typename PutScale>
 __device__ __forceinline__ void convert_narrow_rows(__half* panels, const PutScale& put_scale, int target) {
-    using Pair = std::conditional_t<dtype == DType::f16, __half2, __nv_bfloat162>;
+    using Pair = HalfPair<dtype>;
     constexpr int kPieces = Panels * 4;  // of 16 bytes, a thread's part of the row
     const unsigned thread = ptx::opaque(threadIdx.x);  // or places would be kept from one call to the next
     const int lane = thread % 32, other_half = lane >> 2 & 1;

@@ -12,7 +12,8 @@
 // their own. So no scale needs a barrier before it can be used.
 //
 // Sequences of several segments take three launches: the same walk without storing gives every segment's own sum,
-// `combine` makes of these the states before the segments, and the walk starts from those.
+// `combine` makes of these the states before the segments, and the walk starts from those. In turn (see StateArgs), the
+// walk over the first segments leaves its end where that over the second ones starts.
 #include <cfloat>
 #include <type_traits>
 
@@ -157,21 +158,8 @@ __device__ __forceinline__ float largest(const Raw8<dtype == DType::f32>& raw) {
         convert8<true>(v, raw, dtype);
         return max_abs(v);
     } else {
-        using Pair = std::conditional_t<dtype == DType::f16, __half2, __nv_bfloat162>;
-        const uint32_t words[4] = {raw.words[0].x, raw.words[0].y, raw.words[0].z, raw.words[0].w};
-        const auto pair = [&](int i) { return reinterpret_cast<const Pair&>(words[i]); };
-        if constexpr (dtype == DType::f16) {  // where magnitudes cost nothing
-            Pair m = __habs2(pair(0));
-#pragma unroll
-            for (int i = 1; i < 4; ++i) m = __hmax2(m, __habs2(pair(i)));
-            return fmaxf(fmaxf(0.f, __low2float(m)), __high2float(m));
-        } else {
-            Pair high = pair(0), low = pair(0);
-#pragma unroll
-            for (int i = 1; i < 4; ++i) high = __hmax2(high, pair(i)), low = __hmin2(low, pair(i));
-            const Pair m = __hmax2(__habs2(high), __habs2(low));
-            return fmaxf(fmaxf(0.f, __low2float(m)), __high2float(m));
-        }
+        const auto pair = largest_of<HalfPair<dtype>>(raw.words[0]);
+        return fmaxf(fmaxf(0.f, __low2float(pair)), __high2float(pair));
     }
 }
 
@@ -295,7 +283,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     const int value_tiles = (a.problem.V + kChunk - 1) / kChunk, column_tiles = value_tiles + KTiles;
     const int tile = blockIdx.x % column_tiles;
     const int head = a.heads.first + (blockIdx.x / column_tiles) % a.heads.count;
-    const int segment = blockIdx.x / column_tiles / a.heads.count;
+    const int segment_block = blockIdx.x / column_tiles / a.heads.count;
+    const int segment = pass == Pass::sums || a.turn < 0 ? segment_block : segment_block * 2 + a.turn;
 
     // This segment's chunks, [first, end) in the order of time, and its place in the order of the walk.
     const int n = sequence_at(a.problem, segment, a.problem.segments);
@@ -534,7 +523,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
             const float scale = sm.value_scale[i] * key_scale;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                state.c[i][e] = decay * state.c[i][e] + scale * add.c[i][e];
+                // Rounded in the same way in either pass: a sum must be what a walk from zero ends with.
+                state.c[i][e] = fmaf(decay, state.c[i][e], scale * add.c[i][e]);
                 amax = fmaxf(amax, fabsf(state.c[i][e]));
             }
         }
@@ -553,11 +543,13 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         __syncthreads();
     }
 
-    if constexpr (pass == Pass::sums) {
-        float4* const part = segment_part(a, segment, head, column_tiles, tile);
+    const bool hands_over = pass == Pass::states && a.turn >= 0 && !is_last;
+    if (pass == Pass::sums || hands_over) {
+        const int to = !hands_over ? segment : a.reverse ? segment - 1 : segment + 1;
+        float4* const part = segment_part(a, to, head, column_tiles, tile);
 #pragma unroll
         for (int i = 0; i < 8; ++i) part[i * kBlock] = {state.c[i][0], state.c[i][1], state.c[i][2], state.c[i][3]};
-        if (tile == 0 && threadIdx.x == 0)
+        if (pass == Pass::sums && tile == 0 && threadIdx.x == 0)
             a.segment_decays[segment * a.heads.count.value() + head - a.heads.first] =
                 ptx::exp2_approx(segment_log_decay);
     } else {
@@ -585,20 +577,29 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
     const Places& places = a.problem.segments;
     const Sequence sequence = find_sequence(a.problem, n, places);
     const int segments = (sequence.length + places.tokens.value() - 1) / places.tokens;
+    const auto place_of = [&](int i) {
+        const int segment = sequence.first_slot + (a.reverse ? segments - 1 - i : i);
+        return int64_t(segment) * a.heads.count.value() + head;
+    };
+    float4* const sums = reinterpret_cast<float4*>(a.segment_sums) + part;
     float4 state = {0.f, 0.f, 0.f, 0.f};
-    for (int i = 0; i < segments; ++i) {
-        const int64_t place =
-            int64_t(sequence.first_slot + (a.reverse ? segments - 1 - i : i)) * a.heads.count.value() + head;
-        float4& at = reinterpret_cast<float4*>(a.segment_sums)[place * size + part];
-        if (i + 1 == segments) {  // whose sum nobody needs
-            at = state;
-            break;
-        }
-        const float4 sum = at;
-        const float decay = a.segment_decays[place];
-        at = state;
-        state = {fmaf(decay, state.x, sum.x), fmaf(decay, state.y, sum.y), fmaf(decay, state.z, sum.z),
-                 fmaf(decay, state.w, sum.w)};
+    constexpr int kAtOnce = 4;  // asked for together: to the compiler each might lie where the one before is stored
+    for (int first = 0; first < segments; first += kAtOnce) {
+        float4 sum[kAtOnce] = {};
+        float decay[kAtOnce] = {};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+            if (first + i + 1 < segments) {  // the last one's sum nobody needs
+                sum[i] = sums[place_of(first + i) * size];
+                decay[i] = a.segment_decays[place_of(first + i)];
+            }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+            if (first + i < segments) {
+                sums[place_of(first + i) * size] = state;
+                state = {fmaf(decay[i], state.x, sum[i].x), fmaf(decay[i], state.y, sum[i].y),
+                         fmaf(decay[i], state.z, sum[i].z), fmaf(decay[i], state.w, sum[i].w)};
+            }
     }
 }
 
@@ -609,16 +610,26 @@ int64_t combine_blocks(const StateArgs& a) {
 template <Isa isa, int KTiles, int KeyTerms>
 cudaError_t launch_states(const StateArgs& a, cudaStream_t stream) {
     const int64_t blocks = a.problem.segment_count() * a.heads.count.value() * (tiles(a.problem.V) + KTiles);
-    const size_t shared = sizeof(Shared<KTiles, KeyTerms>);
-    const int threads = KTiles * kThreads;
+    const auto walk = [&](auto kernel, const StateArgs& args, int64_t of_blocks) {
+        return launch(kernel, args, of_blocks, sizeof(Shared<KTiles, KeyTerms>), stream, KTiles * kThreads);
+    };
+    const auto states = chunk_states_kernel<Pass::states, isa, KTiles, KeyTerms>;
+    if (a.in_turn) {
+        if (!goes_in_turn(a)) return cudaErrorInvalidValue;
+        StateArgs turn = a;
+        turn.turn = a.reverse ? 1 : 0;
+        const cudaError_t status = walk(states, turn, blocks / 2);
+        if (status != cudaSuccess) return status;
+        turn.turn = 1 - turn.turn;
+        return walk(states, turn, blocks / 2);
+    }
     if (a.problem.segmented()) {
-        cudaError_t status =
-            launch(chunk_states_kernel<Pass::sums, isa, KTiles, KeyTerms>, a, blocks, shared, stream, threads);
+        cudaError_t status = walk(chunk_states_kernel<Pass::sums, isa, KTiles, KeyTerms>, a, blocks);
         if (status != cudaSuccess) return status;
         status = launch(combine_kernel, a, combine_blocks(a), 0, stream);
         if (status != cudaSuccess) return status;
     }
-    return launch(chunk_states_kernel<Pass::states, isa, KTiles, KeyTerms>, a, blocks, shared, stream, threads);
+    return walk(states, a, blocks);
 }
 
 template <Isa isa>

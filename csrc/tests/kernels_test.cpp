@@ -284,12 +284,13 @@ Results reference(const Inputs& in) {
 
 // ---- the kernels ---------------------------------------------------------------------------------------------------
 
-// Which kernels, how long the segments of the states are, and how many groups of heads are worked on one after the
-// other.
+// Which kernels, how long the segments of the states are and whether they come in turn, and how many groups of heads are
+// worked on one after the other.
 struct Variant {
     bool hopper;
     int segment_chunks = kSegmentChunks;
     int head_groups = 1;
+    bool in_turn = false;
 };
 
 // All device arrays of one forward and backward pass, and its launches.
@@ -313,6 +314,7 @@ struct Pass {
     int max_iterations;
     float tolerance;
     int head_groups, head_group = 0;  // how many, and the one at hand
+    bool in_turn;
 
     // Rounds q, k, v and d_o of `in` to its dtype.
     Pass(Inputs& in, int max_iterations, float tolerance, Variant variant)
@@ -333,7 +335,7 @@ struct Pass {
           dh_kk(size_t(in.sequences()) * H * in.K * in.K), dh_kv(size_t(in.sequences()) * H * in.K * in.V),
           bound(dg.count), steps(dg.count), rounded(dq.data.count), hard_rows(slots(in) * H), crossings(slots(in) * H),
           correction(in.B, in.T, H, in.K), with_states(!in.h_kk.empty()), max_iterations(max_iterations),
-          tolerance(tolerance), head_groups(variant.head_groups) {
+          tolerance(tolerance), head_groups(variant.head_groups), in_turn(variant.in_turn) {
         if (bounds.count) problem.cu_seqlens = bounds.data;
         check(cudaMemset(dlamb.data, 0, dlamb.count * sizeof(float)), "cudaMemset");  // slots may be unused
     }
@@ -372,7 +374,7 @@ struct Pass {
                                    with_states ? start_kv.data : nullptr, with_states ? start_kk.data : nullptr,
                                    end_kv.data, end_kk.data, states_of(state_panels, state_scales, HS, 1),
                                    heads_at_hand(HS), 1, false, segment_sums.data, segment_decays.data, lamb.data,
-                                   lamb_pairs.data, {}, nullptr},
+                                   lamb_pairs.data, {}, nullptr, in_turn},
                                   nullptr), "chunk states");
     }
     SolveArgs solve_args(Solve kind, const Rows& rhs, const Rows& to) const {
@@ -414,7 +416,7 @@ struct Pass {
         check(launch_chunk_states({problem, x.rows, {d_o.rows, dq.rows}, gates(), with_states ? end_dkv.data : nullptr,
                                    with_states ? end_dkk.data : nullptr, dh_kv.data, dh_kk.data, adjoints(),
                                    heads_at_hand(H), H / HS, true, segment_sums.data, segment_decays.data, nullptr,
-                                   nullptr, states(), overlaps.data},
+                                   nullptr, states(), overlaps.data, in_turn},
                                   nullptr), "adjoint states");
     }
     void gradients() const {
@@ -517,6 +519,22 @@ bool test_chunks(Variant variant, int B, int64_t T, int H, int K, int V, DType d
                                           {"dh_kk", a.dh_kk, e.dh_kk},
                                           {"dh_kv", a.dh_kv, e.dh_kv}},
                                          1e-3);
+}
+
+// Segments in turn give what segments beside each other give, bit for bit.
+bool test_in_turn(bool hopper, int64_t T, int K, int V, DType dtype, int group) {
+    Inputs in(2, T, 2, K, V, dtype, {}, group, false);
+    const auto run = [&](bool in_turn) { return Pass(in, 50, 1e-5f, {hopper, 2, 1, in_turn}).run(); };
+    const Results a = run(true), b = run(false);
+    const std::pair<const Vec*, const Vec*> results[] = {
+        {&a.o, &b.o},   {&a.x, &b.x},         {&a.dq, &b.dq},       {&a.dk, &b.dk},       {&a.dv, &b.dv},
+        {&a.dg, &b.dg}, {&a.dbeta, &b.dbeta}, {&a.dlamb, &b.dlamb}, {&a.h_kk, &b.h_kk},   {&a.h_kv, &b.h_kv},
+        {&a.dh_kk, &b.dh_kk}, {&a.dh_kv, &b.dh_kv}};
+    bool ok = true;
+    for (const auto& [turn, beside] : results) ok = ok && *turn == *beside && !turn->empty();  // false for NaN
+    std::printf("%s%s T=%d K=%d V=%d%s segments in turn  %s\n", hopper ? "hopper " : "", name(dtype), int(T), K, V,
+                group == 1 ? "" : " groups", ok ? "ok" : "WRONG");
+    return ok;
 }
 
 // Keys that share a direction, values that are linear in them, and no decay, after a long text: o = G'x cancels by a
@@ -788,6 +806,8 @@ bool test() {
             ok &= test_chunks({hopper, 1}, 2, 150, 6, 37, 70, dtype, {}, 3);
             ok &= test_chunks({hopper, 1, 2}, 1, 150, 4, 70, 37, dtype, {0, 20, 150});
             ok &= test_chunks({hopper, kSegmentChunks, 2}, 2, 100, 4, 16, 64, dtype, {}, 2);
+            ok &= test_in_turn(hopper, 250, 16, 70, dtype, 2);
+            ok &= test_in_turn(hopper, 150, 70, 16, dtype, 1);
         }
         if (dtype == DType::f32) {
             ok &= test_hard_rows(128, 128, {});
