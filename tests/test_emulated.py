@@ -19,7 +19,6 @@ from tests.regimes import (
     evaluate,
     output_gradients,
     solver_steps,
-    uneven,
 )
 from tests.test_decode import assert_accurate, copy
 
@@ -88,38 +87,6 @@ def test_every_regime(operators, kernels, dtype, regime, scale):
         pytest.skip("float16 does not hold such gradients or their results")
     inputs = draw(regime, "cpu", dtype, heads=1, T=70, context=4096)
     check(operators, inputs, output_gradients(inputs, scale=scale))
-
-
-@pytest.mark.parametrize("size", [1e-9, 1e9])
-@pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
-def test_any_size_of_the_system(operators, kernels, dtype, size):
-    """As in test_edge_cases.py: x is as much larger as the system is smaller, and some outputs have no gradient."""
-    inputs = draw("random", "cpu", dtype, T=150, K=16, V=16, context=10)
-    for a in (inputs.beta, inputs.lamb, *inputs.initial_state):
-        a *= size
-    (do,) = output_gradients(inputs)
-    do[..., :8] = do[:, 20:50] = 0
-    check(operators, inputs, (do,))
-
-
-@pytest.mark.parametrize("g", [-5.0, -14.0])
-@pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
-def test_a_strong_decay_within_a_chunk(operators, kernels, dtype, g):
-    """As in test_edge_cases.py."""
-    inputs = draw("random", "cpu", dtype, T=70, K=100, V=70, context=50)
-    inputs.g[:, 40] = g
-    check(operators, inputs, output_gradients(inputs))
-
-
-@pytest.mark.parametrize("size", [0, 2**-6])
-@pytest.mark.parametrize("columns", [slice(0, 64), slice(64, None)], ids=str)
-@pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
-def test_halves_of_the_keys_of_different_sizes(operators, kernels, dtype, columns, size):
-    """As in test_edge_cases.py: tiles of H with different scales, and of a system far from those of zeros."""
-    inputs = uneven(draw("random", "cpu", dtype, T=70, K=100, V=16, context=10), columns, size)
-    for a in (inputs.beta, inputs.lamb, *inputs.initial_state):
-        a *= 1e9
-    check(operators, inputs, output_gradients(inputs))
 
 
 @pytest.mark.parametrize("regime", ["random", "corr .9, Wk"])
