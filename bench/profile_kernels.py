@@ -10,6 +10,12 @@ from torch.profiler import ProfilerActivity, profile
 from mesa_ext import MesaState, mesa_attention, mesa_decode_step
 
 
+def short_name(kernel):
+    """Without namespaces, and not so long that a table would not fit."""
+    name = kernel.replace("(anonymous namespace)::", "").replace("mesa::", "").removeprefix("void ")
+    return name if len(name) <= 90 else name[:87] + "..."
+
+
 def kernel_times(call, repeats):
     """Per kernel: launches in one call, mean microseconds of a launch, share of the whole."""
     for _ in range(3):
@@ -23,7 +29,7 @@ def kernel_times(call, repeats):
     total = sum(event.self_device_time_total for event in events)
     return [
         {
-            "kernel": event.key if len(event.key) <= 90 else event.key[:87] + "...",
+            "kernel": short_name(event.key),
             "launches": event.count / repeats,
             "us a launch": event.self_device_time_total / event.count,
             "us a call": event.self_device_time_total / repeats,
