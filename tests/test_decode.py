@@ -9,7 +9,21 @@ from hypothesis import strategies as st
 
 from mesa_ext import MesaState, mesa_attention, mesa_decode_step
 from mesa_ext.reference import mesa_reference
-from tests.regimes import BARS, REGIMES, assert_close, bar_for, draw, dtypes, evaluate, relative_error, solver_steps
+from tests.regimes import (
+    BARS,
+    CUDA_KERNELS_ON,
+    REGIMES,
+    assert_close,
+    bar_for,
+    draw,
+    dtypes,
+    evaluate,
+    relative_error,
+    solver_steps,
+)
+
+
+FLOORS = 4  # of 6600 draws in the emulator, a tenth of them in float32 with keys of correlation .9, one took 3.1
 
 
 def step(inputs, state, **options):
@@ -40,7 +54,7 @@ def rounding_floor(inputs, draws=8):
 
 
 def assert_accurate(inputs, o, state, device=None):
-    """o [B, HO, V] of the only token, or [B, T, HO, V], within the bars of mesa_attention; on CUDA also within three
+    """o [B, HO, V] of the only token, or [B, T, HO, V], within the bars of mesa_attention; on CUDA also within FLOORS
     rounding floors. The device is that of the inputs, unless another is to be judged.
 
     On CUDA a step is in float32 throughout, while mesa_attention there (and the CPU in both) does what float32 is not
@@ -51,18 +65,18 @@ def assert_accurate(inputs, o, state, device=None):
     bar = bar_for(inputs, device=device)
     o_bar = bar("o")
     o = o.unsqueeze(1) if o.ndim == 3 else o
-    if device == "cuda" and not relative_error(o, expected["o"]) <= o_bar:
-        o_bar = max(o_bar, 3 * rounding_floor(inputs))
+    if device in CUDA_KERNELS_ON and not relative_error(o, expected["o"]) <= o_bar:
+        o_bar = max(o_bar, FLOORS * rounding_floor(inputs))
     actual = {"o": o, **state._asdict()}
     assert_close(actual, expected, lambda name: o_bar if name == "o" else bar(name))
 
 
 def test_the_rounding_floor_excuses_nothing_else():
-    """Three times the floor is below the bar of o on CUDA but in the regimes with keys of correlation .9."""
+    """FLOORS times the floor is below the bar of o on CUDA but in the regimes with keys of correlation .9."""
     bar = BARS["cuda", torch.float32].o
     for name in REGIMES:
         inputs = draw(name, "cpu", torch.float32, B=2, T=1, context=4096)
-        assert (3 * rounding_floor(inputs) > bar) == name.startswith("corr .9"), name
+        assert (FLOORS * rounding_floor(inputs) > bar) == name.startswith("corr .9"), name
 
 
 @given(data=st.data())
