@@ -23,7 +23,10 @@ from tests.regimes import (
 )
 
 
-FLOORS = 4  # of 6600 draws in the emulator, a tenth of them in float32 with keys of correlation .9, one took 3.1
+# So many rounding floors a step may be off in the mean of many systems (tokens and heads), and of fewer than 16, where
+# chance has more room: of 1556 draws of test_against_the_reference's kind in float32 and the regimes with keys of
+# correlation .9, on the emulator, 6 took more than 3 floors and the worst 4.3, all of at most 9 systems.
+FLOORS, FLOORS_OF_FEW = 3, 6
 
 
 def step(inputs, state, **options):
@@ -54,8 +57,8 @@ def rounding_floor(inputs, draws=8):
 
 
 def assert_accurate(inputs, o, state, device=None):
-    """o [B, HO, V] of the only token, or [B, T, HO, V], within the bars of mesa_attention; on CUDA also within FLOORS
-    rounding floors. The device is that of the inputs, unless another is to be judged.
+    """o [B, HO, V] of the only token, or [B, T, HO, V], within the bars of mesa_attention; on CUDA also within so
+    many rounding floors. The device is that of the inputs, unless another is to be judged.
 
     On CUDA a step is in float32 throughout, while mesa_attention there (and the CPU in both) does what float32 is not
     enough for in float64. In the regimes with keys of correlation .9 the floor is up to 7e-5, and a step twice that.
@@ -66,17 +69,19 @@ def assert_accurate(inputs, o, state, device=None):
     o_bar = bar("o")
     o = o.unsqueeze(1) if o.ndim == 3 else o
     if device in CUDA_KERNELS_ON and not relative_error(o, expected["o"]) <= o_bar:
-        o_bar = max(o_bar, FLOORS * rounding_floor(inputs))
+        floors = FLOORS if o[..., 0].numel() >= 16 else FLOORS_OF_FEW
+        o_bar = max(o_bar, floors * rounding_floor(inputs))
     actual = {"o": o, **state._asdict()}
     assert_close(actual, expected, lambda name: o_bar if name == "o" else bar(name))
 
 
 def test_the_rounding_floor_excuses_nothing_else():
-    """FLOORS times the floor is below the bar of o on CUDA but in the regimes with keys of correlation .9."""
+    """So many floors are below the bar of o on CUDA but in the regimes with keys of correlation .9."""
     bar = BARS["cuda", torch.float32].o
     for name in REGIMES:
         inputs = draw(name, "cpu", torch.float32, B=2, T=1, context=4096)
-        assert (FLOORS * rounding_floor(inputs) > bar) == name.startswith("corr .9"), name
+        for floors in (FLOORS, FLOORS_OF_FEW):
+            assert (floors * rounding_floor(inputs) > bar) == name.startswith("corr .9"), name
 
 
 @given(data=st.data())
