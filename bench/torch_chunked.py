@@ -137,7 +137,7 @@ def _dx(c, do):
     return (do @ c.h_kv.transpose(-1, -2)).mul_(c.into) + scores @ c.k
 
 
-def torch_chunked(q, k, v, g, beta, lamb, h_kk=None, h_kv=None, max_cg_iterations=30, cg_tol=1e-5):
+def torch_chunked(q, k, v, g, beta, lamb, h_kk=None, h_kv=None, max_cg_iterations=30, cg_tol=3e-6):
     """q, k [B,T,H,K], v [B,T,H,V], g, beta [B,T,H], lamb [H,K], all of one dtype -> o, final h_kk, final h_kv."""
     b, _, h, k_dim = q.shape
     h_kk = k.new_zeros(b, h, k_dim, k_dim) if h_kk is None else h_kk

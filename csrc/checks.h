@@ -205,16 +205,19 @@ inline void check_state_at(const ProblemSize& p, const at::Tensor& q, const std:
 }
 
 // What chunk_backward takes on top: do [B,T,HO,V] in q's dtype, x [B,T,HO,K] and dh_*_final [N,HS,K,..] (each optional)
-// in the compute dtype.
+// and starts (see schemas.h) in the compute dtype.
 inline void check_backward_inputs(const ProblemSize& p, const at::Tensor& q, const at::Tensor& grad_o,
                                   const std::optional<at::Tensor>& dh_kk_final,
-                                  const std::optional<at::Tensor>& dh_kv_final, const at::Tensor& x) {
+                                  const std::optional<at::Tensor>& dh_kv_final, const at::Tensor& x,
+                                  const at::Tensor& starts) {
     detail::check_device(grad_o, "do", q);
-    detail::check_device(x, "x", q);
+    for (const auto& [tensor, name] : {std::pair(&x, "x"), std::pair(&starts, "starts")}) {
+        detail::check_device(*tensor, name, q);
+        detail::check_dtype(*tensor, name, p.compute, "the compute dtype: float64 for float64 q, else float32");
+    }
     detail::check_shape(grad_o, "do", {p.B, p.T, p.HO, p.V}, "[B, T, output heads, value width]");
     detail::check_shape(x, "x", {p.B, p.T, p.HO, p.K}, "[B, T, output heads, key width]");
     detail::check_dtype(grad_o, "do", p.dtype, "the dtype of q");
-    detail::check_dtype(x, "x", p.compute, "the compute dtype: float64 for float64 q, else float32");
     if (dh_kk_final) detail::check_state(p, q, *dh_kk_final, "dh_kk_final", p.K);
     if (dh_kv_final) detail::check_state(p, q, *dh_kv_final, "dh_kv_final", p.V);
 }

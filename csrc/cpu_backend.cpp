@@ -38,8 +38,8 @@ Results forward(const ProblemSize& p, const Inputs<T>& in, const Tensor& q_in, S
                                   bound.data_ptr<T>(), stop};
     });
     const auto if_asked = [](bool asked, const Tensor& made) { return asked ? made : Tensor(); };
-    return wanted({o.to(p.dtype), if_asked(solution, x), h_kk, h_kv, if_asked(solver_info, steps),
-                   if_asked(solver_info, bound)});
+    return wanted({o.to(p.dtype), if_asked(solution, x), if_wanted(solution, {0}, options), h_kk, h_kv,
+                   if_asked(solver_info, steps), if_asked(solver_info, bound)});
 }
 
 // Sum over the heads that share one, [B, T, H, width] -> [B, T, heads, width].
@@ -176,9 +176,10 @@ Results chunk_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
 Results chunk_backward(const Tensor& grad_o, const optional<Tensor>& dh_kk_final, const optional<Tensor>& dh_kv_final,
                        const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
                        const Tensor& lamb, const optional<Tensor>& h_kk, const optional<Tensor>& h_kv,
-                       const optional<Tensor>& cu_seqlens, const Tensor& x, int64_t max_cg_iterations, double cg_tol) {
+                       const optional<Tensor>& cu_seqlens, const Tensor& x, const Tensor& starts,
+                       int64_t max_cg_iterations, double cg_tol) {
     const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
-    check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x);
+    check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x, starts);
     return with_compute_type(p, [&](auto zero) {
         using T = decltype(zero);
         const Inputs<T> in(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);

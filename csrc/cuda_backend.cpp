@@ -210,18 +210,28 @@ struct States {
     }
 };
 
-// The sums of long sequences' segments, for the time of one launch_chunk_states.
-struct SegmentSums {
-    Tensor sums, decays;
+// The states before the segments of long sequences, see StateArgs: made by launch_chunk_states, or known from the
+// forward pass. Of short ones nothing.
+struct Segments {
+    Tensor starts, decays;
+    bool known;
 
-    SegmentSums(const Call& call, int64_t heads) {
-        if (!call.problem.segmented()) return;
-        const int64_t count = call.problem.segment_count() * heads;
-        sums = at::empty({count * segment_sum_size(call.problem)}, call.float_options());
-        decays = at::empty({count}, call.float_options());
+    Segments(const Call& call, int64_t heads, const Tensor& known_starts = {})
+        : starts(known_starts), known(known_starts.defined() && known_starts.numel() > 0) {
+        const std::vector<int64_t> shape = starts_shape(call.problem, heads);
+        if (known) {
+            TORCH_CHECK(starts.sizes() == shape, "starts must be empty or of shape ", shape, ", got ", starts.sizes());
+            starts = starts.contiguous();
+        } else {
+            starts = call.problem.cu_seqlens ? at::zeros(shape, call.float_options())  // some places are not in use
+                                             : at::empty(shape, call.float_options());
+            if (starts.numel() > 0) decays = at::empty({shape[0], heads}, call.float_options());
+        }
     }
-    float* sums_data() const { return sums.defined() ? sums.data_ptr<float>() : nullptr; }
-    float* decays_data() const { return decays.defined() ? decays.data_ptr<float>() : nullptr; }
+    static std::vector<int64_t> starts_shape(const Problem& p, int64_t heads) {
+        if (!p.segmented()) return {0};
+        return {p.segment_count(), heads, segment_sum_size(p)};
+    }
 };
 
 // Two segments of every sequence go in turn where one of each fills the card: about a block for every multiprocessor.
@@ -229,32 +239,33 @@ constexpr int64_t kBlocksThatFill = 128;
 
 void chunk_states(StateArgs args, cudaStream_t stream) {
     const Problem& p = args.problem;
-    args.in_turn =
-        goes_in_turn(args) && int64_t(p.N) * args.heads.count.value() * (tiles(p.V) + tiles(p.K)) >= kBlocksThatFill;
+    args.in_turn = !args.starts_known && goes_in_turn(args) &&
+                   int64_t(p.N) * args.heads.count.value() * (tiles(p.V) + tiles(p.K)) >= kBlocksThatFill;
     C10_CUDA_CHECK(launch_chunk_states(args, stream));
 }
 
-void forward_states(const Call& c, const States& states, const Heads& heads, float* end_kk, float* end_kv) {
-    const SegmentSums segments(c, heads.count.value());
-    chunk_states({c.problem,
-                  c.k_rows(heads.all),
-                  {c.v_rows(heads.all), c.k_rows(heads.all)},
-                  c.gates(heads.all),
-                  data_or_null<float>(c.h_kv),
-                  data_or_null<float>(c.h_kk),
-                  end_kv,
-                  end_kk,
-                  states.view(heads),
-                  heads,
-                  1,
-                  false,
-                  segments.sums_data(),
-                  segments.decays_data(),
-                  c.lamb.const_data_ptr<float>(),
-                  states.lamb(),
-                  {},
-                  nullptr},
-                 c.stream);
+void forward_states(const Call& c, const States& states, const Heads& heads, const Segments& segments, float* end_kk,
+                    float* end_kv) {
+    StateArgs args{c.problem,
+                   c.k_rows(heads.all),
+                   {c.v_rows(heads.all), c.k_rows(heads.all)},
+                   c.gates(heads.all),
+                   data_or_null<float>(c.h_kv),
+                   data_or_null<float>(c.h_kk),
+                   end_kv,
+                   end_kk,
+                   states.view(heads),
+                   heads,
+                   1,
+                   false,
+                   segments.starts.data_ptr<float>(),
+                   data_or_null<float>(segments.decays),
+                   c.lamb.const_data_ptr<float>(),
+                   states.lamb(),
+                   {},
+                   nullptr};
+    args.starts_known = segments.known;
+    chunk_states(args, c.stream);
 }
 
 // What every solve has; the rest is for the caller to set.
@@ -382,9 +393,10 @@ std::vector<Tensor> chunk_forward(
     if (refines) hard_rows = at::empty({c.problem.slots(), p.HO}, f32.dtype(at::kLong));
     const int64_t groups = head_groups(c);
     const States states(c, p.HS / groups);
+    const Segments segments(c, p.HS);
     for (int64_t group = 0; group < groups; ++group) {
         const Heads heads = heads_of_group(p.HO, groups, group);
-        forward_states(c, states, heads_of_group(p.HS, groups, group), last_kk, last_kv);
+        forward_states(c, states, heads_of_group(p.HS, groups, group), segments, last_kk, last_kv);
         SolveArgs args = solve_args(c, Solve::forward, states, heads, rows_of(q, p.HO, p.K), max_cg_iterations, cg_tol);
         if (x.defined()) args.x = rows_of(x, p.HO, p.K);
         args.out = rows_of(o, p.HO, p.V);
@@ -394,8 +406,8 @@ std::vector<Tensor> chunk_forward(
         C10_CUDA_CHECK(launch_solve(args, c.stream));
         if (refines) refine(c, states, heads, q, x, o, args.hard_rows, max_cg_iterations);
     }
-    return wanted({without_padding(o, p.V), solution ? without_padding(x, p.K) : Tensor(), end_kk, end_kv, steps,
-                   bound});
+    return wanted({without_padding(o, p.V), solution ? without_padding(x, p.K) : Tensor(),
+                   solution ? segments.starts : Tensor(), end_kk, end_kv, steps, bound});
 }
 
 // Sums neighbouring heads of t [.., heads, ..] (dimension `dim`) down to `heads`, in the dtype asked for.
@@ -409,9 +421,9 @@ std::vector<Tensor> chunk_backward(
     const Tensor& grad_o, const OptionalTensor& dh_kk_final, const OptionalTensor& dh_kv_final, const Tensor& q,
     const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
     const OptionalTensor& h_kk, const OptionalTensor& h_kv, const OptionalTensor& cu_seqlens, const Tensor& x_,
-    int64_t max_cg_iterations, double cg_tol) {
+    const Tensor& starts, int64_t max_cg_iterations, double cg_tol) {
     const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
-    check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x_);
+    check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x_, starts);
     const c10::cuda::CUDAGuard guard(q.device());
     const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
     const Tensor d_o = with_padded_rows(grad_o), x = with_padded_rows(x_);
@@ -446,6 +458,7 @@ std::vector<Tensor> chunk_backward(
     const States states(c, p.HS / groups);
     // The adjoints take the place of the states, which nobody needs any more, unless output heads share these.
     const States adjoints = p.HO == p.HS ? states : States(c, p.HO / groups);
+    const Segments segments(c, p.HS, starts), adjoint_segments(c, p.HO);
     for (int64_t group = 0; group < groups; ++group) {
         const Heads heads = heads_of_group(p.HO, groups, group);
         TiledRows w_rows;
@@ -455,7 +468,7 @@ std::vector<Tensor> chunk_backward(
         } else {
             w_rows = own_dq ? rows_of_group(w, heads, p.K) : rows_of(w, p.HO, p.K);
         }
-        forward_states(c, states, heads_of_group(p.HS, groups, group), nullptr, nullptr);
+        forward_states(c, states, heads_of_group(p.HS, groups, group), segments, nullptr, nullptr);
 
         SolveArgs args = solve_args(c, Solve::adjoint, states, heads, do_rows, max_cg_iterations, cg_tol);
         args.x = w_rows;
@@ -464,7 +477,6 @@ std::vector<Tensor> chunk_backward(
         args.from_start = from_start.data_ptr<float>();
         C10_CUDA_CHECK(launch_solve(args, c.stream));
 
-        const SegmentSums segments(c, heads.count.value());
         chunk_states({c.problem,
                       x_rows,
                       {do_rows, w_rows},
@@ -477,8 +489,8 @@ std::vector<Tensor> chunk_backward(
                       heads,
                       static_cast<int>(p.outputs_per_state()),
                       true,
-                      segments.sums_data(),
-                      segments.decays_data(),
+                      adjoint_segments.starts.data_ptr<float>(),
+                      data_or_null<float>(adjoint_segments.decays),
                       nullptr,
                       nullptr,
                       states.view(heads),

@@ -148,8 +148,9 @@ struct StateArgs {
     Heads heads;
     Divisor start_group;  // only heads with h % start_group == 0 take the start
     bool reverse;
-    float* segment_sums;    // [segment_count, heads.count, segment_sum_size] } where problem.segmented(), for the
-    float* segment_decays;  // [segment_count, heads.count]                   } kernels' own use
+    float* segment_sums;    // [segment_count, heads.all, segment_sum_size], where problem.segmented(): written, and
+                            // then the states before the segments (of a sequence's first, zeros); or these, if known
+    float* segment_decays;  // [segment_count, heads.all], for the kernels' own use
     const float* lamb;      // [heads, K] } with this the kernel fills in what the solver will want (not reverse)
     LambPair* lamb_pairs;   // [heads, K / 2 padded to a multiple of 32 (with ones)], or null
     // Reverse: the states before the chunks (they may lie in `states`, and are overwritten then), and <adjoint, state>
@@ -160,6 +161,7 @@ struct StateArgs {
     // half as many blocks at a time. With no start this is the first one's sum, so that it changes no bit. Needs
     // goes_in_turn().
     bool in_turn = false;
+    bool starts_known = false;  // segment_sums is what an earlier launch has left
     int turn = -1;  // for the kernels' own use: the segment of every sequence that is worked on, or -1: all
 };
 // Whether the segments may be worked on in turn.

@@ -6,7 +6,9 @@
 namespace mesa {
 
 inline void define_operators(torch::Library& m) {
-    // o; x if `solution`; h_kk and h_kv if `final_state`; steps and bound if `solver_info`.
+    // o; x and starts, which are for chunk_backward, if `solution`; h_kk and h_kv if `final_state`; steps and bound if
+    // `solver_info`. starts: on CUDA, where sequences are longer than 4096 tokens, the states before every 4096 of them,
+    // as the kernels keep them; else empty. Without them chunk_backward makes its own.
     m.def(
         "chunk_forward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor lamb, Tensor? h_kk, Tensor? h_kv, "
         "Tensor? cu_seqlens, int max_cg_iterations, float cg_tol, bool solution=True, bool final_state=True, "
@@ -14,8 +16,8 @@ inline void define_operators(torch::Library& m) {
     // dq, dk, dv, dg, dbeta, dlamb; dh_kk and dh_kv if there are h_kk and h_kv.
     m.def(
         "chunk_backward(Tensor do, Tensor? dh_kk_final, Tensor? dh_kv_final, Tensor q, Tensor k, Tensor v, Tensor g, "
-        "Tensor beta, Tensor lamb, Tensor? h_kk, Tensor? h_kv, Tensor? cu_seqlens, Tensor x, int max_cg_iterations, "
-        "float cg_tol) -> Tensor[]");
+        "Tensor beta, Tensor lamb, Tensor? h_kk, Tensor? h_kv, Tensor? cu_seqlens, Tensor x, Tensor starts, "
+        "int max_cg_iterations, float cg_tol) -> Tensor[]");
     m.def(
         "decode_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor lamb, Tensor(a!) h_kk, "
         "Tensor(b!) h_kv, Tensor? state_indices, int max_cg_iterations, float cg_tol, Tensor(c!) out) -> ()");

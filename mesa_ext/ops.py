@@ -22,6 +22,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _starts_shape(q, v, cu_seqlens):
+    """Of the states that chunk_forward keeps for chunk_backward: before every 4096 tokens, by tiles of 64 x 64."""
+    (batch, tokens, _, K), (heads, V) = q.shape, v.shape[2:]
+    if q.device.type != "cuda" or tokens <= 4096:
+        return (0,)
+    segments = batch * -(-tokens // 4096) if cu_seqlens is None else tokens // 4096 + cu_seqlens.shape[0] - 1
+    tiles_k, tiles_v = (-(-width // 64) for width in (K, V))
+    return segments, heads, (tiles_v + tiles_k) * tiles_k * 64 * 64
+
+
 @torch.library.register_fake("mesa_ext::chunk_forward")
 def _chunk_forward_fake(
     q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol,
@@ -36,7 +46,7 @@ def _chunk_forward_fake(
 
     results = [q.new_empty(batch, tokens, out_heads, V)]
     if solution:
-        results.append(g.new_empty(batch, tokens, out_heads, K))
+        results += [g.new_empty(batch, tokens, out_heads, K), g.new_empty(_starts_shape(q, v, cu_seqlens))]
     if final_state:
         results += [g.new_empty(*states, heads, K, width) for width in (K, V)]
     if solver_info:
@@ -46,8 +56,9 @@ def _chunk_forward_fake(
 
 @torch.library.register_fake("mesa_ext::chunk_backward")
 def _chunk_backward_fake(
-    do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, max_cg_iterations, cg_tol
-):
+    do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, starts,
+    max_cg_iterations, cg_tol,
+):  # fmt: skip
     K, (heads, V) = k.shape[3], v.shape[2:]
     results = [a.new_empty(a.shape) for a in (q, k, v, g, beta, lamb)]
     if h_kk is not None:
@@ -61,7 +72,23 @@ def _decode_step_fake(q, k, v, g, beta, lamb, h_kk, h_kv, state_indices, max_cg_
     pass
 
 
-decode_step = torch.ops.mesa_ext.decode_step.default  # looking it up takes time in every step
+# Looking them up takes time in every call.
+decode_step = torch.ops.mesa_ext.decode_step.default
+_chunk_forward = torch.ops.mesa_ext.chunk_forward.default
+_chunk_backward = torch.ops.mesa_ext.chunk_backward.default
+
+
+def _below_autograd(operator):
+    """The operator without its gradient by torch.library, which takes time even where none is asked for."""
+
+    def call(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    return call
+
+
+_forward_alone, _backward_alone = _below_autograd(_chunk_forward), _below_autograd(_chunk_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -69,21 +96,21 @@ def _save_for_backward(ctx, inputs, output):
     ctx.has_state_at = state_at is not None
     if not solution:
         raise RuntimeError("mesa_ext::chunk_forward: a call with solution=False cannot be differentiated")
-    x, info = output[1], output[-2:] if solver_info else []
-    ctx.save_for_backward(*tensors, x)
-    ctx.mark_non_differentiable(x, *info)
+    (x, starts), info = output[1:3], output[-2:] if solver_info else []
+    ctx.save_for_backward(*tensors, x, starts)
+    ctx.mark_non_differentiable(x, starts, *info)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grads):
-    do, (dh_kk_final, dh_kv_final) = grads[0], grads[2:4] if ctx.final_state else (None, None)
+def _backward(ctx, grads, chunk_backward=_chunk_backward):
+    do, (dh_kk_final, dh_kv_final) = grads[0], grads[3:5] if ctx.final_state else (None, None)
     if ctx.has_state_at and (dh_kk_final is not None or dh_kv_final is not None):
         raise RuntimeError("mesa_attention: there is no gradient through the states that state_at asks for")
-    q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x = ctx.saved_tensors
+    q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, starts = ctx.saved_tensors
     if do is None:  # only the final state was used
         do = v.new_zeros(*x.shape[:3], v.shape[3])
-    grads = torch.ops.mesa_ext.chunk_backward(
-        do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x,
+    grads = chunk_backward(
+        do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, starts,
         ctx.max_cg_iterations, ctx.cg_tol,
     )  # fmt: skip
     return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))  # none for cu_seqlens and the settings
@@ -92,23 +119,18 @@ def _backward(ctx, grads):
 torch.library.register_autograd("mesa_ext::chunk_forward", _backward, setup_context=_save_for_backward)
 
 
-def _below_autograd(*inputs):
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.mesa_ext.chunk_forward.default(*inputs)
-
-
 class _ChunkForward(torch.autograd.Function):
-    """The same gradient for eager calls, by a shorter way on the host than torch.library's."""
+    """The same gradient for eager calls, by shorter ways on the host than torch.library's."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _below_autograd(*inputs)
+        output = _forward_alone(*inputs)
         _save_for_backward(ctx, inputs, output)
         return tuple(output)
 
     @staticmethod
     def backward(ctx, *grads):
-        return _backward(ctx, grads)
+        return _backward(ctx, grads, _chunk_backward if torch.is_grad_enabled() else _backward_alone)
 
 
 def chunk_forward(
@@ -121,10 +143,12 @@ def chunk_forward(
     differentiable = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
     inputs = *inputs, differentiable, final_state, solver_info, state_at
     if torch.compiler.is_compiling():
-        results = torch.ops.mesa_ext.chunk_forward(*inputs)
+        results = _chunk_forward(*inputs)
+    elif differentiable:
+        results = _ChunkForward.apply(*inputs)
     else:
-        results = _ChunkForward.apply(*inputs) if differentiable else _below_autograd(*inputs)
-    first = 2 if differentiable else 1  # x lies in between
+        results = _forward_alone(*inputs)
+    first = 3 if differentiable else 1  # x and starts lie in between
     return results[0], results[first : first + 2] if final_state else None, results[-2:] if solver_info else None
 
 

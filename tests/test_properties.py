@@ -29,10 +29,10 @@ def attend(inputs, gradients=(), **options):
 
 
 def full(inputs, **options):
-    """The raw operator: o, x, h_kk, h_kv, steps, bound."""
+    """The raw operator: o, x, starts, h_kk, h_kv, steps, bound."""
     state = inputs.initial_state or (None, None)
     options = {"max_cg_iterations": 30, "cg_tol": 1e-3} | options
-    names = ("o", "x", "h_kk", "h_kv", "steps", "bound")
+    names = ("o", "x", "starts", "h_kk", "h_kv", "steps", "bound")
     results = torch.ops.mesa_ext.chunk_forward(
         *inputs.tokens(), inputs.lamb, *state, inputs.cu_seqlens, *options.values()
     )
@@ -180,6 +180,27 @@ def test_a_batch_that_fills_the_card_changes_nothing(K):
             assert_bitwise({name: batch[name][n : n + 1] for name in alone}, alone)
         if K == 16:
             assert_accurate(sequence, alone, (do[n : n + 1],))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [None, [70, 0, 4200, 8000]], ids=["batch", "packed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_states_kept_for_the_backward_pass_change_nothing(dtype, lengths):
+    """Those before every 4096 tokens: without them the backward pass makes the same once more."""
+    inputs = draw("random", "cuda", dtype, B=3, T=9000, heads=(4, 1, 2), K=32, V=72, lengths=lengths, context=10)
+    inputs.g.mul_(0.01)  # so that a start still matters at the end
+    solution = full(inputs)
+    starts = solution["starts"]
+    assert starts.shape[:2] == ((9, 2) if lengths is None else (6, 2))
+
+    def backward(starts):
+        tensors = *inputs.tokens(), inputs.lamb, *inputs.initial_state, inputs.cu_seqlens, solution["x"], starts
+        grads = torch.ops.mesa_ext.chunk_backward(*output_gradients(inputs, state=True), *tensors, 30, 1e-3)
+        return dict(enumerate(grads))
+
+    assert_bitwise(backward(starts), backward(starts[:0, 0, 0]))
+    with pytest.raises(RuntimeError, match="starts must be empty or of shape"):
+        backward(starts[1:])
 
 
 @pytest.mark.gpu

@@ -32,11 +32,21 @@ def test_opcheck(device, options, dtype):
     torch.library.opcheck(torch.ops.mesa_ext.chunk_forward.default, (*leaves, inputs.cu_seqlens, *SOLVER))
     do, *dstate = output_gradients(inputs, state=True)
     with torch.no_grad():
-        x = torch.ops.mesa_ext.chunk_forward(*tensors, inputs.cu_seqlens, *SOLVER)[1]
+        solution = torch.ops.mesa_ext.chunk_forward(*tensors, inputs.cu_seqlens, *SOLVER)[1:3]
     for dh in (dstate, (None, None)):
         torch.library.opcheck(
-            torch.ops.mesa_ext.chunk_backward.default, (do, *dh, *tensors, inputs.cu_seqlens, x, *SOLVER)
+            torch.ops.mesa_ext.chunk_backward.default, (do, *dh, *tensors, inputs.cu_seqlens, *solution, *SOLVER)
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [None, [3, 0, 4195]], ids=["batch", "packed"])
+def test_opcheck_long(lengths):
+    """States are kept for the backward pass there."""
+    inputs = draw("random", "cuda", torch.bfloat16, B=2, T=4198, K=8, V=5, heads=1, lengths=lengths)
+    leaves = [a.requires_grad_() for a in (*inputs.tokens(), inputs.lamb)]
+    arguments = *leaves, None, None, inputs.cu_seqlens, *SOLVER
+    torch.library.opcheck(torch.ops.mesa_ext.chunk_forward.default, arguments)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, True), (True, True, False), (False, False, False)], ids=str)
@@ -47,8 +57,8 @@ def test_results_that_are_not_wanted(device, wanted):
     operator = torch.ops.mesa_ext.chunk_forward
     torch.library.opcheck(operator.default, (*tensors, *wanted))
     solution, final_state, solver_info = wanted
-    o, x, h_kk, h_kv, steps, bound = operator(*tensors)
-    expected = [o] + [x] * solution + [h_kk, h_kv] * final_state + [steps, bound] * solver_info
+    o, x, starts, h_kk, h_kv, steps, bound = operator(*tensors)
+    expected = [o] + [x, starts] * solution + [h_kk, h_kv] * final_state + [steps, bound] * solver_info
     assert all(a.equal(b) for a, b in zip(operator(*tensors, *wanted), expected, strict=True))
 
     leaf = inputs.q.detach().requires_grad_()

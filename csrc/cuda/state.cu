@@ -13,7 +13,8 @@
 //
 // Sequences of several segments take three launches: the same walk without storing gives every segment's own sum,
 // `combine` makes of these the states before the segments, and the walk starts from those. In turn (see StateArgs), the
-// walk over the first segments leaves its end where that over the second ones starts.
+// walk over the first segments leaves its end where that over the second ones starts. What is there then, the states
+// before the segments, is the backward pass's to start from.
 #include <cfloat>
 #include <type_traits>
 
@@ -85,7 +86,8 @@ __device__ __forceinline__ Weights chunk_weights(const Gates& gates, int64_t at,
     for (int i = 0; i < 2; ++i, at += gates.heads)
         if (lane * 2 + i < length) {
             const float g = gates.g[at];
-            sum[i] = (g < kSmallestLogDecay ? kSmallestLogDecay : g) * 1.4426950408889634;  // leaves NaN
+            // Leaves NaN. Never one operation with the sums: every instance of the kernel is to make the same bits.
+            sum[i] = __dmul_rn(g < kSmallestLogDecay ? kSmallestLogDecay : g, 1.4426950408889634);
             beta[i] = gates.beta[at];
         }
     double total = sum[0] + sum[1];
@@ -253,7 +255,7 @@ __device__ __forceinline__ int64_t state_offset(int K, int width, int row, int c
 // A thread's 32 numbers of a segment's sum; the order within a tile is the blocks' own affair.
 __device__ __forceinline__ float4* segment_part(const StateArgs& a, int segment, int head, int column_tiles,
                                                 int tile) {
-    const int64_t place = int64_t(segment * a.heads.count.value() + head - a.heads.first) * column_tiles + tile;
+    const int64_t place = (int64_t(segment) * a.heads.all + head) * column_tiles + tile;
     return reinterpret_cast<float4*>(a.segment_sums) + place * 8 * blockDim.x + threadIdx.x;
 }
 
@@ -360,6 +362,13 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
                 if (row < K && col < width) state.c[i][e] = start[state_offset(K, width, row, col, transposed)];
             }
     }
+
+    const auto put_state = [&](int segment_of_it) {
+        float4* const part = segment_part(a, segment_of_it, head, column_tiles, tile);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) part[i * kBlock] = {state.c[i][0], state.c[i][1], state.c[i][2], state.c[i][3]};
+    };
+    if (pass == Pass::states && a.turn >= 0 && is_first) put_state(segment);
 
     // Each warp has the weights of one of kWarps chunks in its registers, and hands them over when their turn comes.
     const int64_t first_gate = token_index(a.problem, first_chunk, 0, a.gates.heads, head / a.gates.group);
@@ -545,13 +554,9 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
 
     const bool hands_over = pass == Pass::states && a.turn >= 0 && !is_last;
     if (pass == Pass::sums || hands_over) {
-        const int to = !hands_over ? segment : a.reverse ? segment - 1 : segment + 1;
-        float4* const part = segment_part(a, to, head, column_tiles, tile);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) part[i * kBlock] = {state.c[i][0], state.c[i][1], state.c[i][2], state.c[i][3]};
+        put_state(!hands_over ? segment : a.reverse ? segment - 1 : segment + 1);
         if (pass == Pass::sums && tile == 0 && threadIdx.x == 0)
-            a.segment_decays[segment * a.heads.count.value() + head - a.heads.first] =
-                ptx::exp2_approx(segment_log_decay);
+            a.segment_decays[int64_t(segment) * a.heads.all + head] = ptx::exp2_approx(segment_log_decay);
     } else {
         float* to = source ? a.end_kk : a.end_kv;
         if (!to || !is_last) return;
@@ -572,14 +577,14 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
     const int blocks = gridDim.x / (a.problem.N * a.heads.count.value());  // of a segment and head
     const int size = blocks * kThreads;
     const int part = blockIdx.x % blocks * kThreads + threadIdx.x;
-    const int head = (blockIdx.x / blocks) % a.heads.count;  // of those that are worked on
+    const int head = a.heads.first + (blockIdx.x / blocks) % a.heads.count;
     const int n = blockIdx.x / blocks / a.heads.count;
     const Places& places = a.problem.segments;
     const Sequence sequence = find_sequence(a.problem, n, places);
     const int segments = (sequence.length + places.tokens.value() - 1) / places.tokens;
     const auto place_of = [&](int i) {
         const int segment = sequence.first_slot + (a.reverse ? segments - 1 - i : i);
-        return int64_t(segment) * a.heads.count.value() + head;
+        return int64_t(segment) * a.heads.all + head;
     };
     float4* const sums = reinterpret_cast<float4*>(a.segment_sums) + part;
     float4 state = {0.f, 0.f, 0.f, 0.f};
@@ -623,7 +628,7 @@ cudaError_t launch_states(const StateArgs& a, cudaStream_t stream) {
         turn.turn = 1 - turn.turn;
         return walk(states, turn, blocks / 2);
     }
-    if (a.problem.segmented()) {
+    if (a.problem.segmented() && !a.starts_known) {
         cudaError_t status = walk(chunk_states_kernel<Pass::sums, isa, KTiles, KeyTerms>, a, blocks);
         if (status != cudaSuccess) return status;
         status = launch(combine_kernel, a, combine_blocks(a), 0, stream);

@@ -119,6 +119,7 @@ inline unsigned __float_as_uint(float f) { return emulator_bits<unsigned>(f); }
 inline float __fdividef(float a, float b) { return a / b; }
 #define __builtin_assume(condition)
 inline float __frcp_rn(float a) { return 1 / a; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {  // products are exact in double, sums all but
     const auto fma = [](__half x, __half y, __half z) {
         return __double2half(double(__half2float(x)) * __half2float(y) + __half2float(z));
