@@ -89,9 +89,10 @@ def test_every_regime(operators, kernels, dtype, regime, scale):
     check(operators, inputs, output_gradients(inputs, scale=scale))
 
 
-@pytest.mark.parametrize("regime", ["random", "corr .9, Wk"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype, regime", [(torch.bfloat16, "random"), (torch.float32, "random"), (torch.float32, "corr .9, Wk")], ids=str
+)
 def test_groups_of_heads_change_nothing(operators, kernels, monkeypatch, dtype, shape, regime):
     """The same bits with one group of heads and with as many as there are; in float32 of rows to be refined, too."""
     inputs = draw(regime, "cpu", dtype, **shape | dict(context=3000 if regime != "random" else 10))
