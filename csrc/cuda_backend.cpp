@@ -216,15 +216,16 @@ struct Segments {
     Tensor starts, decays;
     bool known;
 
-    Segments(const Call& call, int64_t heads, const Tensor& known_starts = {})
+    // `kept`: the starts are a result, in which places that no segment has are zero.
+    Segments(const Call& call, int64_t heads, const Tensor& known_starts = {}, bool kept = false)
         : starts(known_starts), known(known_starts.defined() && known_starts.numel() > 0) {
         const std::vector<int64_t> shape = starts_shape(call.problem, heads);
         if (known) {
             TORCH_CHECK(starts.sizes() == shape, "starts must be empty or of shape ", shape, ", got ", starts.sizes());
             starts = starts.contiguous();
         } else {
-            starts = call.problem.cu_seqlens ? at::zeros(shape, call.float_options())  // some places are not in use
-                                             : at::empty(shape, call.float_options());
+            starts = kept && call.problem.cu_seqlens ? at::zeros(shape, call.float_options())
+                                                     : at::empty(shape, call.float_options());
             if (starts.numel() > 0) decays = at::empty({shape[0], heads}, call.float_options());
         }
     }
@@ -393,7 +394,7 @@ std::vector<Tensor> chunk_forward(
     if (refines) hard_rows = at::empty({c.problem.slots(), p.HO}, f32.dtype(at::kLong));
     const int64_t groups = head_groups(c);
     const States states(c, p.HS / groups);
-    const Segments segments(c, p.HS);
+    const Segments segments(c, p.HS, {}, solution);
     for (int64_t group = 0; group < groups; ++group) {
         const Heads heads = heads_of_group(p.HO, groups, group);
         forward_states(c, states, heads_of_group(p.HS, groups, group), segments, last_kk, last_kv);

@@ -23,7 +23,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _starts_shape(q, v, cu_seqlens):
-    """Of the states that chunk_forward keeps for chunk_backward: before every 4096 tokens, by tiles of 64 x 64."""
+    """Of the states that chunk_forward keeps for chunk_backward: before every 4096 tokens, by tiles of 64 x 64.
+
+    As ``kSegmentChunks`` and ``segment_sum_size`` of ``csrc/mesa.h`` have it.
+    """
     (batch, tokens, _, K), (heads, V) = q.shape, v.shape[2:]
     if q.device.type != "cuda" or tokens <= 4096:
         return (0,)

@@ -198,7 +198,9 @@ def test_states_kept_for_the_backward_pass_change_nothing(dtype, lengths):
         grads = torch.ops.mesa_ext.chunk_backward(*output_gradients(inputs, state=True), *tensors, 30, 1e-3)
         return dict(enumerate(grads))
 
-    assert_bitwise(backward(starts), backward(starts[:0, 0, 0]))
+    kept = backward(starts)
+    assert_bitwise(kept, backward(starts[:0, 0, 0]))
+    assert not torch.equal(kept[0], backward(2 * starts)[0])  # they are what it starts from
     with pytest.raises(RuntimeError, match="starts must be empty or of shape"):
         backward(starts[1:])
 

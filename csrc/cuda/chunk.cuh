@@ -3,6 +3,9 @@
 
 #include <cfloat>
 #include <climits>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include <cuda_bf16.h>
 
@@ -371,36 +374,53 @@ __device__ __forceinline__ void convert_narrow_rows(__half* panels, const PutSca
     if (lane < 16) put_scale(row, s.down);
 }
 
+// convert_rows of float32, two rows of a thread at once. observe(row, v) sees its columns, v[panel][0 .. 7].
+template <int Panels, typename PutScale, typename Observe>
+__device__ __forceinline__ void convert_float_rows(__half* panels, const PutScale& put_scale, int target,
+                                                   const Observe& observe) {
+    constexpr int kRows = 2, kRowsAtOnce = kThreads / 8;
+    __syncwarp();  // other threads of the row have fetched parts of this thread's
+#pragma unroll 1  // the kernels are long: what misses the instruction cache costs more than the loop
+    for (int first = threadIdx.x / 8; first < kChunk; first += kRows * kRowsAtOnce) {
+        float v[kRows][Panels][8], amax[kRows] = {};
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+            for (int i = 0; i < Panels; ++i) {
+                const int col = ptx::opaque(part_column());  // or addresses would be kept from row to row
+                const auto raw = waiting_piece<true>(panels + i * 2 * kPanel, first + r * kRowsAtOnce, col);
+                convert8<true>(v[r][i], raw, DType::f32);
+                amax[r] = fmaxf(amax[r], max_abs(v[r][i]));
+            }
+#pragma unroll
+        for (int d = 1; d < 8; d *= 2)
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) amax[r] = fmaxf(amax[r], __shfl_xor_sync(0xffffffffu, amax[r], d));
+        __syncwarp();  // the rows have been read
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            const int t = first + r * kRowsAtOnce;
+            const Pow2Scale s = row_scale_to(amax[r], target);
+#pragma unroll
+            for (int i = 0; i < Panels; ++i)
+                store_panel8<2>(panels + i * 2 * kPanel, t, part_column(), v[r][i], s.up);
+            if (threadIdx.x % 8 == 0) put_scale(t, s.down);
+            observe(t, v[r]);
+        }
+    }
+}
+
 // Once this thread's cp.async are complete: rows scaled by powers of two so that a row's largest element lies in
 // [2^target, 2^(target + 1)); put_scale(row, what undoes it) is called by one thread for each, always the same. Two
 // terms are for what is not exact in one.
 template <int Panels, int Terms, bool Float32 = Terms == 2, typename PutScale>
 __device__ __forceinline__ void convert_rows(__half* panels, const PutScale& put_scale, DType dtype, int target) {
-    __syncwarp();  // other threads of the row have fetched parts of this thread's
     if constexpr (Float32) {
-#pragma unroll 1  // the kernels are long: what misses the instruction cache costs more than the loop
-        for (int t = threadIdx.x / 8; t < kChunk; t += kThreads / 8) {
-            float v[Panels][8];
-            float amax = 0.f;
-#pragma unroll
-            for (int i = 0; i < Panels; ++i) {
-                const int col = ptx::opaque(part_column());  // or addresses would be kept from row to row
-                convert8<true>(v[i], waiting_piece<true>(panels + i * Terms * kPanel, t, col), dtype);
-                amax = fmaxf(amax, max_abs(v[i]));
-            }
-#pragma unroll
-            for (int d = 1; d < 8; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
-            const Pow2Scale s = row_scale_to(amax, target);
-            __syncwarp();  // the row has been read
-#pragma unroll
-            for (int i = 0; i < Panels; ++i)
-                store_panel8<Terms>(panels + i * Terms * kPanel, t, part_column(), v[i], s.up);
-            if (threadIdx.x % 8 == 0) put_scale(t, s.down);
-        }
-    } else if (dtype == DType::f16) {
-        convert_narrow_rows<DType::f16, Panels, Terms>(panels, put_scale, target);
+        convert_float_rows<Panels>(panels, put_scale, target, [](int, const auto&) {});
     } else {
-        convert_narrow_rows<DType::bf16, Panels, Terms>(panels, put_scale, target);
+        __syncwarp();  // as above
+        if (dtype == DType::f16) convert_narrow_rows<DType::f16, Panels, Terms>(panels, put_scale, target);
+        else convert_narrow_rows<DType::bf16, Panels, Terms>(panels, put_scale, target);
     }
 }
 
@@ -454,6 +474,22 @@ __device__ __forceinline__ void prefetch_panels(const __half* from) {
 
 // ---- launching --------------------------------------------------------------------------------------------------
 
+// More than the usual 48 KB of shared memory. The driver takes 2 us to allow them, so it is asked once for every kernel
+// (which always has the same) and device.
+template <typename Args>
+cudaError_t allow_shared_bytes(void (*kernel)(Args), size_t bytes) {
+    static std::mutex mutex;
+    static std::set<std::pair<void (*)(Args), int>> allowed;
+    int device = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status != cudaSuccess) return status;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (allowed.count({kernel, device})) return cudaSuccess;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (status == cudaSuccess) allowed.insert({kernel, device});
+    return status;
+}
+
 // Launches `kernel`, with more than the usual 48 KB of shared memory where it needs them.
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), const Args& args, int64_t blocks, size_t shared_bytes, cudaStream_t stream,
@@ -461,8 +497,7 @@ cudaError_t launch(void (*kernel)(Args), const Args& args, int64_t blocks, size_
     if (blocks == 0) return cudaSuccess;
     if (blocks > INT_MAX || shared_bytes > kMostSharedBytes) return cudaErrorInvalidConfiguration;
     if (shared_bytes > 48 * 1024) {
-        const cudaError_t status =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        const cudaError_t status = allow_shared_bytes(kernel, shared_bytes);
         if (status != cudaSuccess) return status;
     }
     cudaLaunchConfig_t config = {};

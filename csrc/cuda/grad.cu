@@ -36,7 +36,7 @@ struct Shared {
     float from_start[kChunk];  // e^{gc_i} x_i' S do'_i
     float to_end[kChunk];      // beta_j rho_Cj k_j' dS v'_j
     float adjoint_scale[2 * kMaxWidth / kChunk];  // of each column tile, in the order in which they are taken
-    // Sums of columns over each warp's rows: of w o x, and of what dg has inside.
+    // Sums of columns over rows, by the warps that have had them: of w o x, and of what dg has inside.
     float w_x[kThreads / 32][kChunk], crossing[kThreads / 32][kChunk];
 };
 
@@ -77,6 +77,38 @@ __device__ __forceinline__ float2 column_sums(float (&v)[8][2], int lane) {
     return {v[0][0], v[0][1]};
 }
 
+// Sums over tokens of the products of two rows' elements, of a thread's eight columns (see part_column) in some rows.
+struct ColumnDots {
+    float sum[8] = {};
+
+    // `hi` and the lo term a panel behind it, times `scale`, are one of the two.
+    __device__ __forceinline__ void add(const float (&v)[8], const __half* hi, float scale) {
+        const uint4 h = *reinterpret_cast<const uint4*>(hi), l = *reinterpret_cast<const uint4*>(hi + kPanel);
+        const uint32_t words[2][4] = {{h.x, h.y, h.z, h.w}, {l.x, l.y, l.z, l.w}};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 a = unpack(words[0][i]), b = unpack(words[1][i]);
+            sum[i * 2] = fmaf(v[i * 2], (a.x + b.x) * scale, sum[i * 2]);
+            sum[i * 2 + 1] = fmaf(v[i * 2 + 1], (a.y + b.y) * scale, sum[i * 2 + 1]);
+        }
+    }
+
+    // The warp's sums of 64 columns. As in column_sums, a lane gives away half of its columns in each step.
+    __device__ __forceinline__ void put_sums(float* to, int lane) {
+#pragma unroll
+        for (int left = 4; left >= 2; left /= 2) {
+            const bool upper = lane & left * 4;
+#pragma unroll
+            for (int i = 0; i < left; ++i) {
+                const float keep = upper ? sum[i + left] : sum[i], give = upper ? sum[i] : sum[i + left];
+                sum[i] = keep + __shfl_xor_sync(0xffffffffu, give, left * 4);
+            }
+        }
+        const int first = lane % 8 * 8 + lane / 16 * 4 + lane / 8 % 2 * 2;
+        *reinterpret_cast<float2*>(to + first) = {sum[0], sum[1]};
+    }
+};
+
 template <Isa isa, int KTiles, int Terms>
 __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant__ GradArgs a) {
     if constexpr (isa == Isa::hopper && !ptx::kHasHopper) return;  // never launched
@@ -100,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         if (ct < KTiles) {
             fetch_rows<1, 2>(sm.d_o, a.w.tile[ct], chunk, head, 0);
         } else {
-            fetch_rows<1, 2, Terms == 2>(sm.d_o, a.d_o, chunk, head, (ct - KTiles) * kChunk);
+            fetch_rows<1, Terms>(sm.d_o, a.d_o, chunk, head, (ct - KTiles) * kChunk);
         }
         ptx::cp_async_commit();
     };
@@ -181,10 +213,15 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         if (ct + 1 < column_tiles) prefetch_panels<KTiles * 2>(tile_of(a.adjoints, adjoint_place(ct + 1)));
         ptx::cp_async_wait<1>();  // dS may still be on its way
         if (is_v) {
-            convert_rows<1, 2, Terms == 2>(sm.d_o, sm.do_scale, a.d_o.dtype, 4);
+            convert_rows<1, Terms>(sm.d_o, sm.do_scale, a.d_o.dtype, 4);
             convert_rows<1, Terms>(sm.v, sm.v_scale, a.v.dtype, 0);
         } else {
-            convert_rows<1, 2>(sm.d_o, sm.do_scale, DType::f32, 4);
+            ColumnDots dots;  // of w and x: -dlamb
+            const auto put_scale = [&](int t, float scale) { sm.do_scale[t] = scale; };
+            convert_float_rows<1>(sm.d_o, put_scale, 4, [&](int t, const float(&w)[1][8]) {
+                dots.add(w[0], sm.x + ct * 2 * kPanel + panel_offset(t, part_column()), sm.x_scale[t]);
+            });
+            dots.put_sums(sm.w_x[warp], lane);
         }
         publish_shared<isa>();
         __syncthreads();
@@ -193,9 +230,15 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         const float* const value_scales = is_v ? sm.v_scale : sm.k_scale;
         const float value_scale[2] = {value_scales[row[0]], value_scales[row[1]]};
         const auto do_scale = [&](int n) { return *reinterpret_cast<const float2*>(sm.do_scale + acc_col(lane, n)); };
+        const auto with_output_terms = [&](const auto& f) {  // w has two, do in 16 bits one
+            if (Terms == 1 && is_v) f(std::integral_constant<int, 1>());
+            else f(std::integral_constant<int, 2>());
+        };
         Acc part;  // scores; meanwhile the operand of dv' is made
         products_begin<isa>(part);
-        mma_panels<isa, false, true, Terms, 2, false>(part, values, first_row, sm.d_o, lane);
+        with_output_terms([&](auto terms) {
+            mma_panels<isa, false, true, Terms, terms.value, false>(part, values, first_row, sm.d_o, lane);
+        });
         products_commit<isa>();
         Operand<2> weights;  // qk with do's scales in it, for dv'
         float weight_scale[2];
@@ -222,23 +265,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         settle(column_tiles, scores);
         Acc dv;  // without beta; under way while dS is waited for
         products_begin<isa>(dv);
-        mma_AB<isa, 2, false>(dv, weights, sm.d_o, lane);
+        with_output_terms([&](auto terms) { mma_AB<isa, terms.value, false>(dv, weights, sm.d_o, lane); });
         products_commit<isa>();
-        if (!is_v) {  // dlamb = -sum_t w_t o x_t
-            float sum[8][2] = {};
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float scale = -sm.do_scale[row[half]] * sm.x_scale[row[half]];
-#pragma unroll
-                for (int n = 0; n < 8; ++n) {
-                    const float2 w = panel_pair<2>(sm.d_o, row[half], acc_col(lane, n));
-                    const float2 x = panel_pair<2>(sm.x + ct * 2 * kPanel, row[half], acc_col(lane, n));
-                    sum[n][0] = fmaf(w.x * scale, x.x, sum[n][0]);
-                    sum[n][1] = fmaf(w.y * scale, x.y, sum[n][1]);
-                }
-            }
-            *reinterpret_cast<float2*>(&sm.w_x[warp][2 * lane]) = column_sums(sum, lane);
-        }
         products_wait<isa, 0>(dv);
         ptx::cp_async_wait<0>();
         publish_shared<isa>();
@@ -246,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         if (ct + 1 < column_tiles) fetch_outputs(ct + 1);
         const int column = threadIdx.x;
         if (!is_v && column < kChunk && col0 + column < a.problem.K)
-            a.dlamb[(int64_t(slot) * a.heads.all + head) * a.problem.K + col0 + column] = column_total(sm.w_x, column);
+            a.dlamb[(int64_t(slot) * a.heads.all + head) * a.problem.K + col0 + column] = -column_total(sm.w_x, column);
 #pragma unroll
         for (int n = 0; n < 8; ++n)
 #pragma unroll

@@ -52,15 +52,12 @@ struct Shared {
     // 112 KB + 1 KB at K = 128 in 16 bits: two blocks on a multiprocessor of 228 KB.
 };
 
-// Of positive numbers: their bits are in the same order.
+// Of a lane's part of lamb, all of them positive: their bits are in the same order.
 template <int KTiles>
-__device__ __forceinline__ uint32_t smallest_lamb_exponent(const LambPair* lamb, int lane) {
+__device__ __forceinline__ uint32_t smallest_exponent(const float2 (&lamb)[KTiles]) {
     float m = INFINITY;
 #pragma unroll
-    for (int kt = 0; kt < KTiles; ++kt) {
-        const float2 pair = *reinterpret_cast<const float2*>(lamb[kt * (kChunk / 2) + lane].lamb);
-        m = fminf(m, fminf(pair.x, pair.y));
-    }
+    for (int kt = 0; kt < KTiles; ++kt) m = fminf(m, fminf(lamb[kt].x, lamb[kt].y));
     return __reduce_min_sync(0xffffffffu, __float_as_uint(m)) >> 23;
 }
 
@@ -220,6 +217,13 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     float* const float_rhs = reinterpret_cast<float*>(sm.x);
     __half* const half_rhs = sm.values;  // panels of f16 or bf16
     const GatePair gates = fetch_gates(a.gates, a.problem, chunk, head);
+    constexpr int kLambPairs = KTiles * kChunk / 2;
+    float2 lamb[KTiles];  // behind the rows' requests it would wait for all of them
+#pragma unroll
+    for (int kt = 0; kt < KTiles; ++kt) {
+        const LambPair* const pair = a.lamb + (head / a.states.group) * kLambPairs + kt * (kChunk / 2) + lane;
+        lamb[kt] = *reinterpret_cast<const float2*>(pair->lamb);
+    }
     __half* const d_o = sm.values + SharedMemory::kValues;
     const auto with_value_tiles = [&](const auto& f) {  // wide heads always take both, which is less code
         if (KTiles == 1 && value_tiles == 1) f(std::integral_constant<int, 1>());
@@ -241,8 +245,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         copy_tiles_async<KTiles * 2>(sm.h, a.states, place - value_tiles, value_tiles);  // G
     else copy_h_async<KTiles>(sm.h, a.states.panels + place * KTiles * 2 * kPanel);
     ptx::cp_async_commit();
-    constexpr int kLambPairs = KTiles * kChunk / 2;
-    int lamb_exponent = smallest_lamb_exponent<KTiles>(a.lamb + (head / a.states.group) * kLambPairs, lane);
+    int lamb_exponent = smallest_exponent(lamb);
     store_gates(sm.gates, gates);
     ptx::cp_async_wait<1>();
     Acc r[KTiles];

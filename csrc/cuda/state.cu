@@ -6,7 +6,8 @@
 // keys are exact in one. A step has two halves with a barrier after each:
 //   1. The products are under way, and the state goes out; then it takes in the products.
 //   2. This chunk's buffer is free, and the chunk after the next is sent for by cp.async. The next one has come, and is
-//      made into fp16 operands in its place.
+//      made into fp16 operands in its place. (With wgmma float32 keys are sent for behind that: publish_shared() waits
+//      for what is under way, and of these there is too much.)
 // Rows come to shared memory row by row, but warps convert them by columns. A warp's columns of the keys are its rows
 // of the state, so that their scale stays in the warp; every eight (or sixteen) columns of the values have a scale of
 // their own. So no scale needs a barrier before it can be used.
@@ -279,6 +280,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     MESA_DYNAMIC_SHARED(shared_bytes);
     auto& sm = *reinterpret_cast<Shared<KTiles, KeyTerms>*>(shared_bytes);
     constexpr int kBlock = KTiles * kThreads, kWarps = kBlock / 32;
+    constexpr bool kFetchLast = isa == Isa::hopper && KeyTerms == 2;
     const int lane = threadIdx.x % 32;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // so that ptxas knows it to be the warp's
     const int row_tile = warp / 4, first_row = warp % 4 * 16;  // of this warp's 16 rows
@@ -546,9 +548,10 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         ptx::cp_async_wait<0>();  // the next chunk has come
         __syncthreads();
 
-        fetch(step + 2);
+        if constexpr (!kFetchLast) fetch(step + 2);
         if (meets(step + 1)) load_before(step + 1, 0);
         prepare(step + 1);
+        if constexpr (kFetchLast) fetch(step + 2);
         __syncthreads();
     }
 

@@ -145,7 +145,8 @@ __device__ __forceinline__ void products_end(Accs&... done) {
     products_wait<isa, 0>(done...);
 }
 
-// After writes to shared memory (by st.shared or cp.async) and before the barrier that ends them.
+// After writes to shared memory (by st.shared or cp.async) and before the barrier that ends them. It seems to wait for
+// all of the thread's cp.async that are under way.
 template <Isa isa>
 __device__ __forceinline__ void publish_shared() {
     if constexpr (isa == Isa::hopper) ptx::fence_async_shared();

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/chunk.cuh"
+#include "tests/arrays.h"
 
 namespace mesa {
 namespace {
@@ -154,33 +155,6 @@ __global__ void __launch_bounds__(kThreads) vote_kernel(const __grid_constant__ 
 }
 
 // ---- running them -------------------------------------------------------------------------------------------------
-
-void check(cudaError_t status) {
-    if (status == cudaSuccess) return;
-    std::fprintf(stderr, "%s\n", cudaGetErrorString(status));
-    std::exit(1);
-}
-
-template <typename T>
-struct Array {
-    T* data = nullptr;
-    size_t count;
-
-    explicit Array(size_t n) : count(n) {
-        check(cudaMalloc(reinterpret_cast<void**>(&data), n * sizeof(T)));
-        check(cudaMemset(data, 0xff, n * sizeof(T)));
-    }
-    explicit Array(const std::vector<T>& host) : Array(host.size()) {
-        check(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice));
-    }
-    Array(const Array&) = delete;
-    ~Array() { cudaFree(data); }
-    std::vector<T> host() const {
-        std::vector<T> h(count);
-        check(cudaMemcpy(h.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost));
-        return h;
-    }
-};
 
 bool report(const char* name, size_t wrong) {
     std::printf("%-60s %s (%zu wrong elements)\n", name, wrong ? "WRONG" : "ok", wrong);
