@@ -4,8 +4,9 @@
     python bench/gpu_report.py --run                           # everything, on a GPU machine
     python bench/gpu_report.py --run --parts tests,sanitizer   # some of it; the rest of the report stays
 
-Parts: tests, sanitizer, fla (with --fla-tests path/to/fla's/tests/ops/test_mesa.py), accuracy, accuracy_long, and the
-benchmarks kernels, decode, chunk_30_steps, little_memory and chunk.
+Parts: tests, sanitizer (of segments in turn too with --kernels-test path/to/CMake's/mesa_kernels_test), fla (with
+--fla-tests path/to/fla's/tests/ops/test_mesa.py), accuracy, accuracy_long, and the benchmarks kernels, decode,
+chunk_30_steps, little_memory and chunk.
 """
 
 import argparse
@@ -136,16 +137,20 @@ def run_sanitizer(args):
     )
     if sanitizer is None:
         return {"failed": "compute-sanitizer not found"}
+    targets = {"": [sys.executable, str(BENCH / "sanitize_target.py")]}
+    if args.kernels_test:  # segments in turn, for which operators want many more heads than the tools have time for
+        targets[", segments"] = [str(args.kernels_test.resolve()), "segments"]
     results = {}
     for tool in args.tools.split(","):
-        # Without torch's caching every tensor is an allocation of its own, whose bounds the tools can see.
-        status, seconds, output = command(
-            [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(BENCH / "sanitize_target.py")],
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-        )
-        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
-        finished = "sanitize_target: done" in output
-        results[tool] = {"clean": status == 0 and finished, "summary": summary[-1:], "seconds": seconds}
+        for name, target in targets.items():
+            # Without torch's caching every tensor is an allocation of its own, whose bounds the tools can see.
+            status, seconds, output = command(
+                [sanitizer, "--tool", tool, "--error-exitcode", "9", *target],
+                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            )
+            summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+            finished = "sanitize_target: done" in output or "all right" in output
+            results[tool + name] = {"clean": status == 0 and finished, "summary": summary[-1:], "seconds": seconds}
     return results
 
 
@@ -243,6 +248,7 @@ def main():
     parser.add_argument("--sweep", action="store_true", help="time against T as well")
     parser.add_argument("--limit", type=float, help="seconds for chunk and accuracy; what is done by then counts")
     parser.add_argument("--fla-tests", type=Path, help="fla's tests/ops/test_mesa.py")
+    parser.add_argument("--kernels-test", type=Path, help="CMake's mesa_kernels_test, for the sanitizer")
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="further arguments of pytest, last")
     args = parser.parse_args()
     unknown = set(args.parts.split(",")) - set(PARTS) | set(args.tools.split(",")) - set(TOOLS)

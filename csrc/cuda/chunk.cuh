@@ -139,8 +139,7 @@ __device__ __forceinline__ int64_t row_offset(const Rows& m, const Chunk& c, int
 
 // Two neighbouring elements of 16 bits.
 __device__ __forceinline__ float2 unpack(DType dtype, uint32_t pair) {
-    return dtype == DType::f16 ? unpack(pair)
-                               : float2{__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+    return dtype == DType::f16 ? unpack(pair) : unpack_bf16(pair);
 }
 
 // Eight neighbouring elements as they lie in memory.
@@ -168,8 +167,7 @@ __device__ __forceinline__ void convert8(float (&v)[8], const Raw8<Float32>& raw
 
 // Two neighbouring elements in 16 bits.
 __device__ __forceinline__ uint32_t pack(DType dtype, float a, float b) {
-    const __nv_bfloat162 brain = __floats2bfloat162_rn(a, b);
-    return dtype == DType::f16 ? pack(a, b) : reinterpret_cast<const uint32_t&>(brain);
+    return dtype == DType::f16 ? pack(a, b) : pack_bf16(a, b);
 }
 
 // Four numbers of each of the four lanes that share a row, transposed: v[n] of lane q goes to v[q] of lane n.
@@ -255,12 +253,13 @@ __device__ __forceinline__ float max_abs(const float (&v)[8]) {
 }
 
 // Eight numbers times `scale`, as one or two terms, into a panel's piece of 16 bytes.
-template <int Terms>
+template <int Terms, bool Bf16 = false>
 __device__ __forceinline__ void store_piece8(__half* to, const float (&v)[8], float scale) {
+    static_assert(Terms == 2 || !Bf16);
     uint32_t hi[4], lo[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        if constexpr (Terms == 2) split(v[i * 2] * scale, v[i * 2 + 1] * scale, hi[i], lo[i]);
+        if constexpr (Terms == 2) split<Bf16>(v[i * 2] * scale, v[i * 2 + 1] * scale, hi[i], lo[i]);
         else hi[i] = pack(v[i * 2] * scale, v[i * 2 + 1] * scale);
     }
     *reinterpret_cast<uint4*>(to) = {hi[0], hi[1], hi[2], hi[3]};

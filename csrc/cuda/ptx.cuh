@@ -31,13 +31,17 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                  : "memory");
 }
 
-// c[16x8] += a[16x16] b[16x8], fp16 in, fp32 out.
+// c[16x8] += a[16x16] b[16x8], fp16 or bf16 in, fp32 out.
+template <bool Bf16 = false>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#define MESA_MMA(type)                                                              \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "        \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"     \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+    if constexpr (Bf16) MESA_MMA("bf16");
+    else MESA_MMA("f16");
+#undef MESA_MMA
 }
 
 // 16 bytes from global to shared memory without a register in between; both addresses are multiples of 16.
@@ -75,6 +79,10 @@ __device__ __forceinline__ void store_streaming(float* to, const float (&v)[2]) 
 }
 __device__ __forceinline__ void store_streaming(float* to, const float (&v)[1]) {
     asm volatile("st.global.cs.f32 [%0], %1;" ::"l"(to), "f"(v[0]) : "memory");
+}
+__device__ __forceinline__ void store_streaming(uint4* to, const uint4& v) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
 // p, whose origin is forgotten: addresses come from here by additions, not each from the kernel's argument.
@@ -140,16 +148,16 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[8][4]) {
 }
 
 // d[64 x 64] += A[64 x 16] B[16 x 64] (= without Add), by a warpgroup: of each warp's 16 rows, d and A are as with
-// mma.m16n8k16. A and B in shared memory are given by the lower halves of
-// their descriptors: with Trans = false stored [row of A or column of B][k],
-// with Trans = true [k][row of A or column of B]. n128 has 64 columns more, on the right.
+// mma.m16n8k16. A and B in shared memory are given by the lower halves of their descriptors: with Trans = false stored
+// [row of A or column of B][k], with Trans = true [k][row of A or column of B]. n128 has 64 columns more, on the right.
+// fp16 in, or with Bf16 bf16.
 #define MESA_D4(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define MESA_D32(d)                                                                                 \
     MESA_D4(d, 0), MESA_D4(d, 1), MESA_D4(d, 2), MESA_D4(d, 3), MESA_D4(d, 4), MESA_D4(d, 5), MESA_D4(d, 6), \
         MESA_D4(d, 7)
-#define MESA_WGMMA(columns, registers, add, matrices, operands)                                       \
-    "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.s32 add, " add ", 0;\n" matrices                     \
-    "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.f16.f16 {" registers "}, " operands ";\n}"
+#define MESA_WGMMA(columns, type, registers, add, matrices, operands)                 \
+    "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.s32 add, " add ", 0;\n" matrices     \
+    "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" registers "}, " operands ";\n}"
 // The upper half of every descriptor: 128-byte swizzle, 1024 bytes from 8 rows to the next 8.
 #define MESA_MATRIX(name, low) "mov.b64 " name ", {" low ", 0x40000040};\n"
 #define MESA_R32                                                                                            \
@@ -162,21 +170,26 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[8][4]) {
 
 template <bool TransB, bool Add>
 __device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint32_t b) {
-    MESA_SM90_ASM(MESA_WGMMA("64", MESA_R32, "%38", MESA_MATRIX("b", "%36"), "{%32, %33, %34, %35}, b, add, 1, 1, %37")
+    MESA_SM90_ASM(MESA_WGMMA("64", "f16", MESA_R32, "%38", MESA_MATRIX("b", "%36"),
+                             "{%32, %33, %34, %35}, b, add, 1, 1, %37")
                   : MESA_D32(d)
                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(int(TransB)), "n"(int(Add)));
 }
-template <bool TransA, bool TransB, bool Add>
+template <bool TransA, bool TransB, bool Add, bool Bf16 = false>
 __device__ __forceinline__ void wgmma_m64n64k16(float (&d)[8][4], uint32_t a, uint32_t b) {
-    MESA_SM90_ASM(MESA_WGMMA("64", MESA_R32, "%36", MESA_MATRIX("a", "%32") MESA_MATRIX("b", "%33"),
-                             "a, b, add, 1, 1, %34, %35")
-                  : MESA_D32(d)
-                  : "r"(a), "r"(b), "n"(int(TransA)), "n"(int(TransB)), "n"(int(Add)));
+#define MESA_FROM_SHARED(type)                                                                                   \
+    MESA_SM90_ASM(MESA_WGMMA("64", type, MESA_R32, "%36", MESA_MATRIX("a", "%32") MESA_MATRIX("b", "%33"),        \
+                             "a, b, add, 1, 1, %34, %35")                                                        \
+                  : MESA_D32(d)                                                                                  \
+                  : "r"(a), "r"(b), "n"(int(TransA)), "n"(int(TransB)), "n"(int(Add)))
+    if constexpr (Bf16) MESA_FROM_SHARED("bf16");
+    else MESA_FROM_SHARED("f16");
+#undef MESA_FROM_SHARED
 }
 template <bool TransB, bool Add>
 __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[8][4], float (&right)[8][4], const uint32_t (&a)[4],
                                                  uint32_t b) {
-    MESA_SM90_ASM(MESA_WGMMA("128", MESA_R64, "%70", MESA_MATRIX("b", "%68"),
+    MESA_SM90_ASM(MESA_WGMMA("128", "f16", MESA_R64, "%70", MESA_MATRIX("b", "%68"),
                              "{%64, %65, %66, %67}, b, add, 1, 1, %69")
                   : MESA_D32(d), MESA_D32(right)
                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(int(TransB)), "n"(int(Add)));

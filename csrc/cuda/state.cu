@@ -6,11 +6,14 @@
 // keys are exact in one. A step has two halves with a barrier after each:
 //   1. The products are under way, and the state goes out; then it takes in the products.
 //   2. This chunk's buffer is free, and the chunk after the next is sent for by cp.async. The next one has come, and is
-//      made into fp16 operands in its place. (With wgmma float32 keys are sent for behind that: publish_shared() waits
-//      for what is under way, and of these there is too much.)
-// Rows come to shared memory row by row, but warps convert them by columns. A warp's columns of the keys are its rows
-// of the state, so that their scale stays in the warp; every eight (or sixteen) columns of the values have a scale of
-// their own. So no scale needs a barrier before it can be used.
+//      made into operands in its place. (With wgmma float32 keys are sent for behind that: publish_shared() waits for
+//      what is under way, and of these there is too much.)
+// With bf16 keys the operands are bf16, which has float32's range: keys are operands as they come, and weighed values
+// need no scale. The two terms of these have 16 bits, which is little beside the 22 that a state is stored with; but
+// here every addend is rounded by itself, and over the tokens that averages out.
+// With other keys they are fp16. Rows come to shared memory row by row, but warps convert them by columns. A warp's
+// columns of the keys are its rows of the state, so that their scale stays in the warp; every eight (or sixteen)
+// columns of the values have a scale of their own. So no scale needs a barrier before it can be used.
 //
 // Sequences of several segments take three launches: the same walk without storing gives every segment's own sum,
 // `combine` makes of these the states before the segments, and the walk starts from those. In turn (see StateArgs), the
@@ -172,41 +175,22 @@ __device__ __forceinline__ float largest(const Raw8<dtype == DType::f32>& raw) {
 constexpr int kTarget = 14;
 constexpr float kSmallestMax = 0x1p-100f;
 
-// Eight bf16 numbers times a power of two.
-__device__ __forceinline__ Raw8<false> scaled(const Raw8<false>& raw, float scale) {
-    uint32_t words[4] = {raw.words[0].x, raw.words[0].y, raw.words[0].z, raw.words[0].w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        __nv_bfloat162& pair = reinterpret_cast<__nv_bfloat162&>(words[i]);
-        pair = __hmul2(pair, __float2bfloat162_rn(scale));
-    }
-    return {{{words[0], words[1], words[2], words[3]}}};
-}
-
-// The sixteen columns of a warp, all 64 rows, of a panel of keys; returns what undoes their scale.
-template <DType dtype, int Terms>
-__device__ __forceinline__ float convert_keys(__half* panel, const RawColumns<dtype == DType::f32, 2>& columns,
-                                              int col0, int lane) {
-    constexpr bool kFloat32 = dtype == DType::f32;
+// The sixteen columns of a warp, all 64 rows, of a panel of float32 keys; returns what undoes their scale.
+__device__ __forceinline__ float convert_keys(__half* panel, const RawColumns<true, 2>& columns, int col0, int lane) {
     const auto& raw = columns.raw;
     float amax = kSmallestMax;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int p = 0; p < 2; ++p) amax = fmaxf(amax, largest<dtype>(raw[i][p]));
+        for (int p = 0; p < 2; ++p) amax = fmaxf(amax, largest<DType::f32>(raw[i][p]));
     const Pow2Scale s = scale_to(warp_max(amax), kTarget);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
             float v[8];
-            if constexpr (dtype == DType::bf16) {  // exact there, in half the multiplications
-                convert8<false>(v, scaled(raw[i][p], s.up), dtype);
-                store_panel8<Terms>(panel, i * 32 + lane, col0 + p * 8, v, 1.f);
-            } else {
-                convert8<kFloat32>(v, raw[i][p], dtype);
-                store_panel8<Terms>(panel, i * 32 + lane, col0 + p * 8, v, s.up);
-            }
+            convert8<true>(v, raw[i][p], DType::f32);
+            store_panel8<2>(panel, i * 32 + lane, col0 + p * 8, v, s.up);
         }
     return s.down;
 }
@@ -237,6 +221,17 @@ __device__ __forceinline__ void convert_values(__half* panels, const RawColumns<
             store_panel8<2>(panels, i * 32 + lane, (warp * kPieces + p) * 8, v, weight[i] * s.up);
         }
     if (lane < kPieces) scale[warp * kPieces + lane] = s.down;
+}
+
+// The 64 rows of a chunk of bf16 values times the weights, split in two terms; every thread takes what it has sent for.
+template <int Threads>
+__device__ __forceinline__ void split_rows(__half* panels, const float* weights) {
+#pragma unroll
+    for (int t = threadIdx.x / 8; t < kChunk; t += Threads / 8) {
+        float v[8];
+        convert8<false>(v, waiting_piece<false>(panels, t, part_column()), DType::bf16);
+        store_piece8<2, true>(panels + panel_offset(t, part_column()), v, weights[t]);
+    }
 }
 
 // f(std::integral_constant<DType, dtype>) for the one of the two 16-bit types, so that f is compiled for each.
@@ -273,11 +268,17 @@ __device__ __forceinline__ float dot8(const uint4& a_hi, const uint4& a_lo, cons
     return sum;
 }
 
-template <Pass pass, Isa isa, int KTiles, int KeyTerms>
+// A number of this type in two terms if it is not exact in one.
+template <DType dtype>
+constexpr int kTermsOf = dtype == DType::f32 ? 2 : 1;
+
+template <Pass pass, Isa isa, int KTiles, DType Keys>
 __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     chunk_states_kernel(const __grid_constant__ StateArgs a) {
     if constexpr (isa == Isa::hopper && !ptx::kHasHopper) return;  // never launched
     MESA_DYNAMIC_SHARED(shared_bytes);
+    constexpr int KeyTerms = kTermsOf<Keys>;
+    constexpr bool kBf16 = Keys == DType::bf16;  // so are the operands
     auto& sm = *reinterpret_cast<Shared<KTiles, KeyTerms>*>(shared_bytes);
     constexpr int kBlock = KTiles * kThreads, kWarps = kBlock / 32;
     constexpr bool kFetchLast = isa == Isa::hopper && KeyTerms == 2;
@@ -420,20 +421,20 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
             const RawColumns<false, kPieces> raw(value_panels, warp * kPieces * 8, lane);
             convert_values<dtype, kPieces>(value_panels, raw, sm.value_scale, sm.weights, warp, lane);
         };
-        if constexpr (KeyTerms == 1) {
-            if (a.keys.dtype == DType::bf16)
-                key_scale = convert_keys<DType::bf16, 1>(keys, {keys, first_row, lane}, first_row, lane);
-            with_half_type(values.dtype, convert_half_values);
+        if constexpr (kBf16) {
+            split_rows<kBlock>(value_panels, sm.weights);
+        } else if constexpr (KeyTerms == 1) {
+            convert_half_values(std::integral_constant<DType, Keys>());
         } else {  // float32 waits where other warps' terms are to be, which only a barrier allows to write
             const RawColumns<true, 2> raw_keys(keys, first_row, lane);
             if (values.dtype == DType::f32) {
                 const RawColumns<true, kPieces> raw(value_panels, warp * kPieces * 8, lane);
                 __syncthreads();
-                key_scale = convert_keys<DType::f32, 2>(keys, raw_keys, first_row, lane);
+                key_scale = convert_keys(keys, raw_keys, first_row, lane);
                 convert_values<DType::f32, kPieces>(value_panels, raw, sm.value_scale, sm.weights, warp, lane);
             } else {
                 __syncthreads();
-                key_scale = convert_keys<DType::f32, 2>(keys, raw_keys, first_row, lane);
+                key_scale = convert_keys(keys, raw_keys, first_row, lane);
                 with_half_type(values.dtype, convert_half_values);
             }
         }
@@ -482,8 +483,10 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
 #pragma unroll
                 for (int term = 0; term < 2; ++term) {
                     pieces[term] = *reinterpret_cast<const uint4*>(sm.staging[warp][term] + (i * 32 + own) * 8);
-                    *reinterpret_cast<uint4*>(panel_place + term * kPanel + half * 8 * kChunk + i * 32 * 8) =
-                        pieces[term];
+                    // What the head's other blocks are still to read of the rows is to stay in L2, and not this.
+                    ptx::store_streaming(
+                        reinterpret_cast<uint4*>(panel_place + term * kPanel + half * 8 * kChunk + i * 32 * 8),
+                        pieces[term]);
                 }
                 if (overlaps) sum += dot8(pieces[0], pieces[1], before[0][i], before[1][i]);
             }
@@ -518,8 +521,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         Acc add;
         zero(add);
         products_begin<isa>(add);
-        mma_panels<isa, true, false, KeyTerms, 2>(add, sm.keys[step % 2] + row_tile * KeyTerms * kPanel, first_row,
-                                                  sm.values[step % 2], lane);
+        mma_panels<isa, true, false, KeyTerms, 2, true, kBf16>(add, sm.keys[step % 2] + row_tile * KeyTerms * kPanel,
+                                                               first_row, sm.values[step % 2], lane);
         products_commit<isa>();
         if (pass == Pass::states) {
             if (is_wanted(step)) store_state(step);
@@ -531,7 +534,7 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
         float amax = 0.f;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            const float scale = sm.value_scale[i] * key_scale;
+            const float scale = kBf16 ? 1.f : sm.value_scale[i] * key_scale;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 // Rounded in the same way in either pass: a sum must be what a walk from zero ends with.
@@ -615,13 +618,13 @@ int64_t combine_blocks(const StateArgs& a) {
     return int64_t(a.problem.N) * a.heads.count.value() * (segment_sum_size(a.problem) / 4 / kThreads);
 }
 
-template <Isa isa, int KTiles, int KeyTerms>
+template <Isa isa, int KTiles, DType Keys>
 cudaError_t launch_states(const StateArgs& a, cudaStream_t stream) {
     const int64_t blocks = a.problem.segment_count() * a.heads.count.value() * (tiles(a.problem.V) + KTiles);
     const auto walk = [&](auto kernel, const StateArgs& args, int64_t of_blocks) {
-        return launch(kernel, args, of_blocks, sizeof(Shared<KTiles, KeyTerms>), stream, KTiles * kThreads);
+        return launch(kernel, args, of_blocks, sizeof(Shared<KTiles, kTermsOf<Keys>>), stream, KTiles * kThreads);
     };
-    const auto states = chunk_states_kernel<Pass::states, isa, KTiles, KeyTerms>;
+    const auto states = chunk_states_kernel<Pass::states, isa, KTiles, Keys>;
     if (a.in_turn) {
         if (!goes_in_turn(a)) return cudaErrorInvalidValue;
         StateArgs turn = a;
@@ -632,7 +635,7 @@ cudaError_t launch_states(const StateArgs& a, cudaStream_t stream) {
         return walk(states, turn, blocks / 2);
     }
     if (a.problem.segmented() && !a.starts_known) {
-        cudaError_t status = walk(chunk_states_kernel<Pass::sums, isa, KTiles, KeyTerms>, a, blocks);
+        cudaError_t status = walk(chunk_states_kernel<Pass::sums, isa, KTiles, Keys>, a, blocks);
         if (status != cudaSuccess) return status;
         status = launch(combine_kernel, a, combine_blocks(a), 0, stream);
         if (status != cudaSuccess) return status;
@@ -640,18 +643,24 @@ cudaError_t launch_states(const StateArgs& a, cudaStream_t stream) {
     return walk(states, a, blocks);
 }
 
+template <Isa isa, DType Keys>
+cudaError_t launch_for_width(const StateArgs& a, cudaStream_t stream) {
+    return tiles(a.problem.K) == 1 ? launch_states<isa, 1, Keys>(a, stream) : launch_states<isa, 2, Keys>(a, stream);
+}
+
 template <Isa isa>
-cudaError_t launch_for_shape(const StateArgs& a, cudaStream_t stream) {
-    const bool two_terms = a.keys.dtype == DType::f32;
-    if (tiles(a.problem.K) == 1)
-        return two_terms ? launch_states<isa, 1, 2>(a, stream) : launch_states<isa, 1, 1>(a, stream);
-    return two_terms ? launch_states<isa, 2, 2>(a, stream) : launch_states<isa, 2, 1>(a, stream);
+cudaError_t launch_for_type(const StateArgs& a, cudaStream_t stream) {
+    switch (a.keys.dtype) {
+        case DType::f16: return launch_for_width<isa, DType::f16>(a, stream);
+        case DType::bf16: return launch_for_width<isa, DType::bf16>(a, stream);
+        default: return launch_for_width<isa, DType::f32>(a, stream);
+    }
 }
 
 }  // namespace
 
 cudaError_t launch_chunk_states(const StateArgs& a, cudaStream_t stream) {
-    return a.problem.hopper ? launch_for_shape<Isa::hopper>(a, stream) : launch_for_shape<Isa::portable>(a, stream);
+    return a.problem.hopper ? launch_for_type<Isa::hopper>(a, stream) : launch_for_type<Isa::portable>(a, stream);
 }
 
 }  // namespace mesa

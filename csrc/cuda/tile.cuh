@@ -1,4 +1,5 @@
 // Matrix products on tiles: fp16 panels of 64 x 64 in shared memory, 16-row strips of accumulators in registers.
+// (Panels of bf16 have the same type; products that take them say so.)
 //
 // A warp owns 16 rows; its accumulators and A operands have the layout of mma.m16n8k16, which is also that of one warp
 // of wgmma.m64nNk16. Numbers that need more than fp16's 11 bits are held as two terms, hi + lo (22 bits), of one
@@ -7,6 +8,7 @@
 
 #include <type_traits>
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "../mesa.h"
@@ -52,7 +54,16 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
     return reinterpret_cast<const uint32_t&>(h);
 }
 
+__device__ __forceinline__ uint32_t pack_bf16(float a, float b) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(pair);
+}
+
 __device__ __forceinline__ float2 unpack(uint32_t u) { return __half22float2(reinterpret_cast<const __half2&>(u)); }
+
+__device__ __forceinline__ float2 unpack_bf16(uint32_t u) {
+    return {__uint_as_float(u << 16), __uint_as_float(u & 0xffff0000u)};
+}
 
 // a b + c of pairs, rounded once.
 __device__ __forceinline__ uint32_t fma_pairs(uint32_t a, __half2 b, uint32_t c) {
@@ -60,11 +71,12 @@ __device__ __forceinline__ uint32_t fma_pairs(uint32_t a, __half2 b, uint32_t c)
     return reinterpret_cast<const uint32_t&>(sum);
 }
 
-// hi + lo = (a, b) to 22 bits.
+// hi + lo = (a, b) to 22 bits, or in bf16, which has float32's range, to 16 or 17.
+template <bool Bf16 = false>
 __device__ __forceinline__ void split(float a, float b, uint32_t& hi, uint32_t& lo) {
-    hi = pack(a, b);
-    const float2 h = unpack(hi);
-    lo = pack(a - h.x, b - h.y);
+    hi = Bf16 ? pack_bf16(a, b) : pack(a, b);
+    const float2 h = Bf16 ? unpack_bf16(hi) : unpack(hi);
+    lo = Bf16 ? pack_bf16(a - h.x, b - h.y) : pack(a - h.x, b - h.y);
 }
 
 // Step k of 16 along the contraction of A = rows row0 .. row0+15 of a panel.
@@ -81,7 +93,7 @@ __device__ __forceinline__ void load_strip_t(uint32_t (&a)[4], const __half* pan
 
 // One step of 16 along the contraction of c[16 x 8 Tiles] += A[16 x 64] B, B (part of) a panel stored
 // [contraction][column].
-template <int Tiles>
+template <bool Bf16 = false, int Tiles>
 __device__ __forceinline__ void mma_AB_step(float (&c)[Tiles][4], const uint32_t (&a)[4], const __half* b, int k,
                                             int lane) {
     const int row = lane & 15, piece = lane >> 4;
@@ -90,13 +102,13 @@ __device__ __forceinline__ void mma_AB_step(float (&c)[Tiles][4], const uint32_t
     for (int n = 0; n < Tiles / 2; ++n) {
         uint32_t r[4];
         ptx::ldmatrix_x4_trans(r, base + (((n * 2 + piece) ^ (row & 7)) << 4));
-        ptx::mma_m16n8k16(c[n * 2], a, r[0], r[1]);
-        ptx::mma_m16n8k16(c[n * 2 + 1], a, r[2], r[3]);
+        ptx::mma_m16n8k16<Bf16>(c[n * 2], a, r[0], r[1]);
+        ptx::mma_m16n8k16<Bf16>(c[n * 2 + 1], a, r[2], r[3]);
     }
 }
 
 // The same for acc += A B', B a panel stored [column][contraction].
-template <int Tiles>
+template <bool Bf16 = false, int Tiles>
 __device__ __forceinline__ void mma_ABt_step(float (&c)[Tiles][4], const uint32_t (&a)[4], const __half* b, int k,
                                              int lane) {
     const int row = (lane >> 4) * 8 + (lane & 7), piece = (lane >> 3) & 1;
@@ -105,8 +117,8 @@ __device__ __forceinline__ void mma_ABt_step(float (&c)[Tiles][4], const uint32_
     for (int n = 0; n < Tiles / 2; ++n) {
         uint32_t r[4];
         ptx::ldmatrix_x4(r, base + n * 16 * 128);
-        ptx::mma_m16n8k16(c[n * 2], a, r[0], r[1]);
-        ptx::mma_m16n8k16(c[n * 2 + 1], a, r[2], r[3]);
+        ptx::mma_m16n8k16<Bf16>(c[n * 2], a, r[0], r[1]);
+        ptx::mma_m16n8k16<Bf16>(c[n * 2 + 1], a, r[2], r[3]);
     }
 }
 
@@ -230,13 +242,13 @@ __device__ __forceinline__ void mma_ABt(Acc& acc, const Operand<ATerms>& a, cons
     mma_ABt<isa, BTerms, Add>(reinterpret_cast<Acc(&)[1]>(acc), a, b, lane);
 }
 
-// acc += A B with both in panels, for the warp's 16 rows from row0 on. A is stored [row][contraction] or, TransA,
-// [contraction][row]; B is stored [contraction][column] or, TransB, [column][contraction].
-template <Isa isa, bool TransA, bool TransB, int ATerms, int BTerms, bool Add = true>
+// acc += A B with both in panels, of fp16 or bf16, for the warp's 16 rows from row0 on. A is stored [row][contraction]
+// or, TransA, [contraction][row]; B is stored [contraction][column] or, TransB, [column][contraction].
+template <Isa isa, bool TransA, bool TransB, int ATerms, int BTerms, bool Add = true, bool Bf16 = false>
 __device__ __forceinline__ void mma_panels(Acc& acc, const __half* a, int row0, const __half* b, int lane) {
     if constexpr (isa == Isa::hopper) {
         const auto product = [&](auto add, const __half* a_term, const __half* b_term, int k) {
-            ptx::wgmma_m64n64k16<TransA, !TransB, decltype(add)::value>(
+            ptx::wgmma_m64n64k16<TransA, !TransB, decltype(add)::value, Bf16>(
                 acc.c, panel_descriptor(a_term) + k * (TransA ? kStepAcrossRows : kStepAlongRows),
                 panel_descriptor(b_term) + k * (TransB ? kStepAlongRows : kStepAcrossRows));
         };
@@ -258,8 +270,8 @@ __device__ __forceinline__ void mma_panels(Acc& acc, const __half* a, int row0, 
                 else load_strip(strip, a + t * kPanel, row0, k, lane);
 #pragma unroll
                 for (int u = 0; u < (t == 0 ? BTerms : 1); ++u) {
-                    if constexpr (TransB) mma_ABt_step(acc.c, strip, b + u * kPanel, k, lane);
-                    else mma_AB_step(acc.c, strip, b + u * kPanel, k, lane);
+                    if constexpr (TransB) mma_ABt_step<Bf16>(acc.c, strip, b + u * kPanel, k, lane);
+                    else mma_AB_step<Bf16>(acc.c, strip, b + u * kPanel, k, lane);
                 }
             }
     }

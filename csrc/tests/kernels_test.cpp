@@ -1,6 +1,7 @@
 // The CUDA kernels without torch: every launcher against a plain float64 computation, and with --bench their times.
 //
-//     mesa_kernels_test          exit status 0: right, 1: wrong, 77: no CUDA device
+//     mesa_kernels_test [GROUP..]    all tests, or those groups: divisors, chunks, segments, hard-rows, decode, pieces;
+//                                exit status 0: right, 1: wrong, 77: no CUDA device
 //     mesa_kernels_test --bench [B T H K V [n [steps]]]
 //                                median of n runs in milliseconds (default 8 2048 16 128 128, 20), with exactly so
 //                                many solver steps if given
@@ -12,6 +13,7 @@
 #include <functional>
 #include <limits>
 #include <random>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -550,53 +552,63 @@ bool test_divisors() {
     return true;
 }
 
-bool test() {
-    bool ok = test_divisors();
+// `groups`: those to run, or none for all of them.
+bool test(const std::set<std::string>& groups) {
+    const auto wanted = [&](const char* group) { return groups.empty() || groups.count(group); };
+    bool ok = !wanted("divisors") || test_divisors();
     for (DType dtype : {DType::f16, DType::bf16, DType::f32}) {
         for (bool hopper : {false, true}) {
             if (hopper && !has_hopper()) continue;
-            ok &= test_chunks({hopper}, 2, 150, 2, 128, 128, dtype, {});
-            ok &= test_chunks({hopper}, 1, 200, 2, 64, 96, dtype, {0, 70, 70, 200});
-            ok &= test_chunks({hopper}, 1, 100, 1, 37, 21, dtype, {});
-            ok &= test_chunks({hopper, 1}, 1, 300, 1, 70, 30, dtype, {});
-            ok &= test_chunks({hopper, 2}, 1, 700, 1, 16, 16, dtype, {0, 10, 330, 330, 700});
-            ok &= test_chunks({hopper, 1}, 2, 150, 6, 37, 70, dtype, {}, 3);
-            ok &= test_chunks({hopper, 1, 2}, 1, 150, 4, 70, 37, dtype, {0, 20, 150});
-            ok &= test_chunks({hopper, kSegmentChunks, 2}, 2, 100, 4, 16, 64, dtype, {}, 2);
-            ok &= test_in_turn(hopper, 250, 16, 70, dtype, 2);
-            ok &= test_in_turn(hopper, 150, 70, 16, dtype, 1);
-            ok &= test_known_starts(hopper, 400, 70, 16, dtype, false);
-            ok &= test_known_starts(hopper, 200, 16, 70, dtype, true);
+            if (wanted("chunks")) {
+                ok &= test_chunks({hopper}, 2, 150, 2, 128, 128, dtype, {});
+                ok &= test_chunks({hopper}, 1, 200, 2, 64, 96, dtype, {0, 70, 70, 200});
+                ok &= test_chunks({hopper}, 1, 100, 1, 37, 21, dtype, {});
+                ok &= test_chunks({hopper, 1}, 1, 300, 1, 70, 30, dtype, {});
+                ok &= test_chunks({hopper, 2}, 1, 700, 1, 16, 16, dtype, {0, 10, 330, 330, 700});
+                ok &= test_chunks({hopper, 1}, 2, 150, 6, 37, 70, dtype, {}, 3);
+                ok &= test_chunks({hopper, 1, 2}, 1, 150, 4, 70, 37, dtype, {0, 20, 150});
+                ok &= test_chunks({hopper, kSegmentChunks, 2}, 2, 100, 4, 16, 64, dtype, {}, 2);
+            }
+            if (wanted("segments")) {
+                ok &= test_in_turn(hopper, 250, 16, 70, dtype, 2);
+                ok &= test_in_turn(hopper, 150, 70, 16, dtype, 1);
+                ok &= test_known_starts(hopper, 400, 70, 16, dtype, false);
+                ok &= test_known_starts(hopper, 200, 16, 70, dtype, true);
+            }
         }
-        if (dtype == DType::f32) {
+        if (wanted("hard-rows") && dtype == DType::f32) {
             ok &= test_hard_rows(128, 128, {});
             ok &= test_hard_rows(37, 70, {0, 30, 30, 170}, 2);
         }
-        ok &= test_decode(128, 128, dtype);
-        ok &= test_decode(37, 70, dtype);
-        ok &= test_decode(128, 50, dtype, 6);  // more queries than are read out together
-        ok &= test_decode(128, 128, dtype, 6);
-        ok &= test_decode(64, 128, dtype, 2);
-        ok &= test_decode(100, 36, dtype, 3);
-        ok &= test_decode(50, 100, dtype, 5);
-        ok &= test_decode(127, 128, dtype);
-        ok &= test_decode(1, 1, dtype);
-        ok &= test_decode(2, 4, dtype);
-        ok &= test_decode(32, 64, dtype, 3);
-        ok &= test_decode(23, 64, dtype);
-        ok &= test_decode(32, 65, dtype);  // wider values than the narrow kernel takes
-        ok &= test_decode(16, 128, dtype, 2);
-        ok &= test_decode(16, 16, dtype, 2);
-        ok &= test_decode(15, 50, dtype);
-        ok &= test_decode(32, 32, dtype);
-        ok &= test_piece(3, 128, 128, dtype);
-        ok &= test_piece(4, 64, 96, dtype, 1, false);
-        ok &= test_piece(3, 37, 70, dtype, 2);
-        ok &= test_piece(2, 128, 50, dtype, 6);
-        ok &= test_piece(16, 16, 16, dtype, 5);
-        ok &= test_piece(3, 30, 64, dtype, 2, false);
-        ok &= test_piece(1, 100, 36, dtype, 1, false);
-        ok &= test_state_at(50, 40, dtype);
+        if (wanted("decode")) {
+            ok &= test_decode(128, 128, dtype);
+            ok &= test_decode(37, 70, dtype);
+            ok &= test_decode(128, 50, dtype, 6);  // more queries than are read out together
+            ok &= test_decode(128, 128, dtype, 6);
+            ok &= test_decode(64, 128, dtype, 2);
+            ok &= test_decode(100, 36, dtype, 3);
+            ok &= test_decode(50, 100, dtype, 5);
+            ok &= test_decode(127, 128, dtype);
+            ok &= test_decode(1, 1, dtype);
+            ok &= test_decode(2, 4, dtype);
+            ok &= test_decode(32, 64, dtype, 3);
+            ok &= test_decode(23, 64, dtype);
+            ok &= test_decode(32, 65, dtype);  // wider values than the narrow kernel takes
+            ok &= test_decode(16, 128, dtype, 2);
+            ok &= test_decode(16, 16, dtype, 2);
+            ok &= test_decode(15, 50, dtype);
+            ok &= test_decode(32, 32, dtype);
+        }
+        if (wanted("pieces")) {
+            ok &= test_piece(3, 128, 128, dtype);
+            ok &= test_piece(4, 64, 96, dtype, 1, false);
+            ok &= test_piece(3, 37, 70, dtype, 2);
+            ok &= test_piece(2, 128, 50, dtype, 6);
+            ok &= test_piece(16, 16, 16, dtype, 5);
+            ok &= test_piece(3, 30, 64, dtype, 2, false);
+            ok &= test_piece(1, 100, 36, dtype, 1, false);
+            ok &= test_state_at(50, 40, dtype);
+        }
     }
     std::printf(ok ? "all right\n" : "SOMETHING IS WRONG\n");
     return ok;
@@ -658,5 +670,5 @@ int main(int argc, char** argv) {
                       number(7, 20), number(8, 0));
         return 0;
     }
-    return test() ? 0 : 1;
+    return test({argv + 1, argv + argc}) ? 0 : 1;
 }

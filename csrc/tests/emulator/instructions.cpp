@@ -7,7 +7,9 @@
 namespace mesa::emulator {
 namespace {
 
-float half_value(uint16_t bits) {
+// Of an operand's element.
+float half_value(uint16_t bits, bool bf16) {
+    if (bf16) return __uint_as_float(uint32_t(bits) << 16);
     static const std::vector<float> values = [] {
         std::vector<float> v(1 << 16);
         for (size_t i = 0; i < v.size(); ++i) v[i] = __half2float(__half_raw{static_cast<unsigned short>(i)});
@@ -27,12 +29,13 @@ struct B {
 
 // Lane l's registers of A hold, of rows l / 4 and l / 4 + 8, columns 2(l % 4) + {0, 1}, then the same 8 columns on.
 template <typename Registers>  // Registers(lane) are four
-A a_of_lanes(const Registers& registers) {
+A a_of_lanes(const Registers& registers, bool bf16) {
     A a;
     for (int l = 0; l < 32; ++l)
         for (int r = 0; r < 4; ++r)
             for (int e = 0; e < 2; ++e)
-                a.at[l / 4 + r % 2 * 8][l % 4 * 2 + r / 2 * 8 + e] = half_value(registers(l)[r] >> 16 * e & 0xffff);
+                a.at[l / 4 + r % 2 * 8][l % 4 * 2 + r / 2 * 8 + e] =
+                    half_value(registers(l)[r] >> 16 * e & 0xffff, bf16);
     return a;
 }
 
@@ -122,7 +125,7 @@ WarpState& own_warp() { return warps[threadIdx.x / 32]; }
 // The swizzle exchanges address bits 4-6 by bits 7-9, counted from zero and not from the start of the matrix (base
 // offset 0: the pattern begins at multiples of 1024 bytes).
 // Here SBO and the swizzle, which the upper half of the descriptor gives, are always the same.
-float element(uint32_t descriptor, bool transposed, int mn, int k) {
+float element(uint32_t descriptor, bool transposed, int mn, int k, bool bf16) {
     const uint32_t start = (descriptor & 0x3fff) << 4, leading = descriptor >> 16 << 4, stride = 1024;
     if (start & 0x380 || (transposed ? start % 128 != 0 : start % 128 > 96))
         fail("wgmma descriptor starts at %#x, not where a row of an atom, or a step of 16 k, begins", start);
@@ -130,7 +133,7 @@ float element(uint32_t descriptor, bool transposed, int mn, int k) {
                                                  : mn / 8 * stride + mn % 8 * 128 + k * 2);
     uint16_t bits;
     std::memcpy(&bits, shared_pointer(address ^ (address >> 7 & 7) << 4, 2, 2), 2);
-    return half_value(bits);
+    return half_value(bits, bf16);
 }
 
 void complete(const Pending& p) {
@@ -138,14 +141,15 @@ void complete(const Pending& p) {
     const int first_row = threadIdx.x / 32 % 4 * 16;
     A a;
     B<64> b;
-    if (w.a) a = a_of_lanes([&](int l) { return p.a[l]; });
+    if (w.a) a = a_of_lanes([&](int l) { return p.a[l]; }, w.bf16);
     for (int k = 0; k < 16; ++k)
         for (int row = 0; row < 16 && !w.a; ++row)
-            a.at[row][k] = element(w.a_descriptor, w.a_transposed, first_row + row, k);
+            a.at[row][k] = element(w.a_descriptor, w.a_transposed, first_row + row, k, w.bf16);
     for (int half = 0; half < (w.right ? 2 : 1); ++half) {
         const auto d = [&](int l) { return half ? p.right[l] : p.d[l]; };
         for (int k = 0; k < 16; ++k)
-            for (int c = 0; c < 64; ++c) b.at[k][c] = element(w.b_descriptor, w.b_transposed, half * 64 + c, k);
+            for (int c = 0; c < 64; ++c)
+                b.at[k][c] = element(w.b_descriptor, w.b_transposed, half * 64 + c, k, w.bf16);
         for (int l = 0; l < 32 && !w.add; ++l) std::fill_n(&d(l)[0][0], 32, 0.f);
         multiply_add<64>(d, a, b);
     }
@@ -161,7 +165,7 @@ void complete(WarpState& warp, int groups) {
 bool same(const Wgmma& a, const Wgmma& b) {
     return !a.a == !b.a && !a.right == !b.right && a.a_descriptor == b.a_descriptor &&
            a.b_descriptor == b.b_descriptor && a.a_transposed == b.a_transposed && a.b_transposed == b.b_transposed &&
-           a.add == b.add;
+           a.add == b.add && a.bf16 == b.bf16;
 }
 
 }  // namespace
@@ -183,19 +187,19 @@ void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed) {
     });
 }
 
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16) {
     struct Operands {
         float (*c)[4];
         const uint32_t* a;
         uint32_t b[2];
     } own{&c, a, {b0, b1}};
-    together("mma.m16n8k16", own, [](Lanes<Operands> lanes) {
+    together("mma.m16n8k16", own, [bf16](Lanes<Operands> lanes) {
         B<8> b;
         for (int l = 0; l < 32; ++l)  // rows 2(l % 4) + {0, 1} and 8 further on, of column l / 4
             for (int r = 0; r < 2; ++r)
                 for (int e = 0; e < 2; ++e)
-                    b.at[r * 8 + l % 4 * 2 + e][l / 4] = half_value(lanes[l].b[r] >> 16 * e & 0xffff);
-        multiply_add<8>([&](int l) { return lanes[l].c; }, a_of_lanes([&](int l) { return lanes[l].a; }), b);
+                    b.at[r * 8 + l % 4 * 2 + e][l / 4] = half_value(lanes[l].b[r] >> 16 * e & 0xffff, bf16);
+        multiply_add<8>([&](int l) { return lanes[l].c; }, a_of_lanes([&](int l) { return lanes[l].a; }, bf16), b);
     });
 }
 

@@ -5,6 +5,7 @@
 //     nvcc -std=c++17 -O3 -arch=sm_90a -I csrc csrc/tests/emulator/instructions_test.cu
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -29,7 +30,7 @@ struct ProductShared {
     __half a[kPanel], b[kPanel];
 };
 
-template <ASource Source, bool TransA, bool TransB>
+template <ASource Source, bool TransA, bool TransB, bool Bf16>
 __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant__ ProductArgs args) {
     MESA_DYNAMIC_SHARED(shared_bytes);
     auto& sm = *reinterpret_cast<ProductShared*>(shared_bytes);
@@ -59,9 +60,9 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
         const uint32_t a_at = panel_descriptor(sm.a) + k * (TransA ? kStepAcrossRows : kStepAlongRows);
         const uint32_t b_at = panel_descriptor(sm.b) + k * (TransB ? kStepAcrossRows : kStepAlongRows);
         if constexpr (Source == ASource::registers) ptx::wgmma_m64n64k16<TransB, true>(d, a.r[k], b_at);
-        else if constexpr (Source == ASource::shared) ptx::wgmma_m64n64k16<TransA, TransB, true>(d, a_at, b_at);
-        else if constexpr (TransB) mma_AB_step(d, a.r[k], sm.b, k, lane);
-        else mma_ABt_step(d, a.r[k], sm.b, k, lane);
+        else if constexpr (Source == ASource::shared) ptx::wgmma_m64n64k16<TransA, TransB, true, Bf16>(d, a_at, b_at);
+        else if constexpr (TransB) mma_AB_step<Bf16>(d, a.r[k], sm.b, k, lane);
+        else mma_ABt_step<Bf16>(d, a.r[k], sm.b, k, lane);
     }
     if constexpr (Source != ASource::mma) {
         ptx::wgmma_commit();
@@ -187,12 +188,24 @@ bool test_wide_product() {
     return report("wgmma of 128 columns in two panels, not added", wrong);
 }
 
-template <ASource Source, bool TransA, bool TransB>
+// The same numbers in bf16, in whatever type panels have.
+std::vector<__half> in_bf16(std::vector<__half> v) {
+    for (__half& x : v) {
+        const float f = __half2float(x);
+        uint32_t bits;
+        std::memcpy(&bits, &f, sizeof(bits));
+        bits >>= 16;
+        std::memcpy(&x, &bits, sizeof(x));
+    }
+    return v;
+}
+
+template <ASource Source, bool TransA, bool TransB, bool Bf16>
 bool test_product() {
     const std::vector<__half> a = integers(kPanel), b = integers(kPanel);
-    const Array<__half> a_there(a), b_there(b);
+    const Array<__half> a_there(Bf16 ? in_bf16(a) : a), b_there(Bf16 ? in_bf16(b) : b);
     const Array<float> out(kPanel);
-    check(launch(product_kernel<Source, TransA, TransB>, ProductArgs{a_there.data, b_there.data, out.data}, 1,
+    check(launch(product_kernel<Source, TransA, TransB, Bf16>, ProductArgs{a_there.data, b_there.data, out.data}, 1,
                  sizeof(ProductShared), nullptr));
     check(cudaDeviceSynchronize());
     const std::vector<float> actual = out.host();
@@ -206,18 +219,19 @@ bool test_product() {
             wrong += !(actual[m * 64 + n] == sum);
         }
     char name[100];
-    std::snprintf(name, sizeof(name), "%s, A %s%s, B %s", Source == ASource::mma ? "mma.sync" : "wgmma",
+    std::snprintf(name, sizeof(name), "%s%s, A %s%s, B %s", Bf16 ? "bf16 " : "",
+                  Source == ASource::mma ? "mma.sync" : "wgmma",
                   Source == ASource::shared ? "in shared memory " : "in registers ", TransA ? "[k][m]" : "[m][k]",
                   TransB ? "[k][n]" : "[n][k]");
     return report(name, wrong);
 }
 
-template <ASource Source>
+template <ASource Source, bool Bf16 = false>
 bool test_products() {
-    bool ok = test_product<Source, false, false>();
-    ok &= test_product<Source, false, true>();
-    ok &= test_product<Source, true, false>();
-    return test_product<Source, true, true>() && ok;
+    bool ok = test_product<Source, false, false, Bf16>();
+    ok &= test_product<Source, false, true, Bf16>();
+    ok &= test_product<Source, true, false, Bf16>();
+    return test_product<Source, true, true, Bf16>() && ok;
 }
 
 bool test_copies() {
@@ -265,6 +279,8 @@ int main() {
     bool ok = test_products<ASource::mma>();
     ok &= test_products<ASource::registers>();
     ok &= test_products<ASource::shared>();
+    ok &= test_products<ASource::mma, true>();
+    ok &= test_products<ASource::shared, true>();
     ok &= test_wide_product();
     ok &= test_copies();
     ok &= test_votes();
