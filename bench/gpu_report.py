@@ -137,20 +137,21 @@ def run_sanitizer(args):
     )
     if sanitizer is None:
         return {"failed": "compute-sanitizer not found"}
-    targets = {"": [sys.executable, str(BENCH / "sanitize_target.py")]}
+    # Name of a target -> its command, and a line that it prints only when it has done what it is for.
+    targets = {"": ([sys.executable, str(BENCH / "sanitize_target.py")], "sanitize_target: done")}
     if args.kernels_test:  # segments in turn, for which operators want many more heads than the tools have time for
-        targets[", segments"] = [str(args.kernels_test.resolve()), "segments"]
+        targets[", segments"] = ([str(args.kernels_test.resolve()), "segments"], "segments in turn  ok")
     results = {}
     for tool in args.tools.split(","):
-        for name, target in targets.items():
+        for name, (target, done) in targets.items():
             # Without torch's caching every tensor is an allocation of its own, whose bounds the tools can see.
             status, seconds, output = command(
                 [sanitizer, "--tool", tool, "--error-exitcode", "9", *target],
                 PYTORCH_NO_CUDA_MEMORY_CACHING="1",
             )
             summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
-            finished = "sanitize_target: done" in output or "all right" in output
-            results[tool + name] = {"clean": status == 0 and finished, "summary": summary[-1:], "seconds": seconds}
+            clean = status == 0 and done in output
+            results[tool + name] = {"clean": clean, "summary": summary[-1:], "seconds": seconds}
     return results
 
 
