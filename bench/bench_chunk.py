@@ -83,6 +83,7 @@ def measure(shape, args, timer):
     """One row for each set of kernels."""
     inputs = inputs_of(shape, args)
     options = {"max_cg_iterations": args.steps, "cg_tol": 0.0} if args.steps else {}
+    options |= {"keep_states": True} if args.keep_states else {}
     rows = []
     for kernels in kernel_paths(args.device):
         with using_kernels(kernels):
@@ -160,13 +161,14 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--shapes", nargs="+")
     parser.add_argument("--steps", type=int, help="exactly so many solver steps (cg_tol = 0)")
+    parser.add_argument("--keep-states", action="store_true", help="from the forward pass for the backward pass")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--sweep", action="store_true", help="time against T at 32k tokens a call, for --plot")
     args = parser.parse_args()
     timer = Timer(args.device, args.repeats)
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
 
-    figures = {"dtype": args.dtype, "exact_steps": args.steps, "chunk": []}
+    figures = {"dtype": args.dtype, "exact_steps": args.steps, "keep_states": args.keep_states, "chunk": []}
 
     def keep():  # after every shape, in case it does not get further
         write_json(args.json, **figures)
@@ -189,6 +191,7 @@ def main():
         print_table("small call", figures["small_call"])
     measure_all("chunk", args.shapes or SHAPES[torch.device(args.device).type])
     title = f"mesa_attention, {args.dtype}" + (f", exactly {args.steps} steps" if args.steps else "")
+    title += ", states kept" if args.keep_states else ""
     print_table(title, figures["chunk"])
     figures["errors"] = compare(BENCH_REGIME, DTYPES[args.dtype], args.device, tokens=512, peers=not args.no_peers)
     print_table("relative error to the float64 reference, T = 512, K = V = 128", figures["errors"])

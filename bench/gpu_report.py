@@ -6,7 +6,7 @@
 
 Parts: tests, sanitizer (of segments in turn too with --kernels-test path/to/CMake's/mesa_kernels_test), fla (with
 --fla-tests path/to/fla's/tests/ops/test_mesa.py), accuracy, accuracy_long, and the benchmarks kernels, decode,
-chunk_30_steps, little_memory and chunk.
+chunk_30_steps, little_memory, keep_states and chunk.
 """
 
 import argparse
@@ -173,6 +173,10 @@ def run_little_memory(args):
     return {f"{mebibytes} MiB": of(mebibytes) for mebibytes in (256, 128)}
 
 
+def run_keep_states(args):
+    return json_of("bench_chunk.py", "--keep-states", "--no-peers")
+
+
 def run_decode(args):
     return json_of("bench_decode.py")
 
@@ -205,6 +209,7 @@ PARTS = {
     "decode": run_decode,
     "chunk_30_steps": run_chunk_30_steps,
     "little_memory": run_little_memory,
+    "keep_states": run_keep_states,
     "chunk": run_chunk,
     "accuracy_long": run_accuracy_long,
 }

@@ -205,16 +205,16 @@ inline void check_state_at(const ProblemSize& p, const at::Tensor& q, const std:
 }
 
 // What chunk_backward takes on top: do [B,T,HO,V] in q's dtype, x [B,T,HO,K] and dh_*_final [N,HS,K,..] (each optional)
-// and starts (see schemas.h) in the compute dtype.
+// and kept (see schemas.h; or bytes) in the compute dtype.
 inline void check_backward_inputs(const ProblemSize& p, const at::Tensor& q, const at::Tensor& grad_o,
                                   const std::optional<at::Tensor>& dh_kk_final,
                                   const std::optional<at::Tensor>& dh_kv_final, const at::Tensor& x,
-                                  const at::Tensor& starts) {
-    detail::check_device(grad_o, "do", q);
-    for (const auto& [tensor, name] : {std::pair(&x, "x"), std::pair(&starts, "starts")}) {
+                                  const at::Tensor& kept) {
+    for (const auto& [tensor, name] : {std::pair(&grad_o, "do"), std::pair(&x, "x"), std::pair(&kept, "kept")})
         detail::check_device(*tensor, name, q);
-        detail::check_dtype(*tensor, name, p.compute, "the compute dtype: float64 for float64 q, else float32");
-    }
+    const char* const compute = "the compute dtype: float64 for float64 q, else float32";
+    detail::check_dtype(x, "x", p.compute, compute);
+    if (kept.scalar_type() != at::kByte) detail::check_dtype(kept, "kept", p.compute, compute);
     detail::check_shape(grad_o, "do", {p.B, p.T, p.HO, p.V}, "[B, T, output heads, value width]");
     detail::check_shape(x, "x", {p.B, p.T, p.HO, p.K}, "[B, T, output heads, key width]");
     detail::check_dtype(grad_o, "do", p.dtype, "the dtype of q");

@@ -162,7 +162,8 @@ auto with_compute_type(const ProblemSize& p, const F& f) {
 Results chunk_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
                       const Tensor& lamb, const optional<Tensor>& h_kk, const optional<Tensor>& h_kv,
                       const optional<Tensor>& cu_seqlens, int64_t max_cg_iterations, double cg_tol, bool solution,
-                      bool final_state, bool solver_info, const optional<Tensor>& state_at) {
+                      bool final_state, bool solver_info, const optional<Tensor>& state_at,
+                      bool /*keep_states: nothing is kept here*/) {
     const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
     check_state_at(p, q, cu_seqlens, state_at);
     return with_compute_type(p, [&](auto zero) {
@@ -176,10 +177,10 @@ Results chunk_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
 Results chunk_backward(const Tensor& grad_o, const optional<Tensor>& dh_kk_final, const optional<Tensor>& dh_kv_final,
                        const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
                        const Tensor& lamb, const optional<Tensor>& h_kk, const optional<Tensor>& h_kv,
-                       const optional<Tensor>& cu_seqlens, const Tensor& x, const Tensor& starts,
+                       const optional<Tensor>& cu_seqlens, const Tensor& x, const Tensor& kept,
                        int64_t max_cg_iterations, double cg_tol) {
     const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
-    check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x, starts);
+    check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x, kept);
     return with_compute_type(p, [&](auto zero) {
         using T = decltype(zero);
         const Inputs<T> in(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);

@@ -183,16 +183,25 @@ Rows rows_of_group(const Tensor& t, const Heads& heads, int64_t width) {
 // Memory for the states of a group of heads before every chunk: the panels, then the scales; and behind them what
 // solves need of lamb, which comes with the states.
 struct States {
-    int64_t heads, panel_bytes, scale_bytes;
+    int64_t all_heads, heads, panel_bytes, scale_bytes;
     Tensor memory;
 
-    States(const Call& call, int64_t heads_)
-        : heads(heads_),
+    // `kept`: the memory, with the states of all heads in it.
+    States(const Call& call, int64_t all_heads, int64_t groups, const Tensor& kept = {})
+        : all_heads(all_heads),
+          heads(all_heads / groups),
           panel_bytes(state_bytes(call, heads)),
           scale_bytes(rounded_up(
               call.problem.slots() * heads * (tiles(call.problem.V) + tiles(call.problem.K)) * sizeof(float),
               alignof(LambPair))),
-          memory(at::empty({panel_bytes + scale_bytes + lamb_bytes(call)}, call.float_options().dtype(at::kByte))) {}
+          memory(kept) {
+        const int64_t bytes = panel_bytes + scale_bytes + lamb_bytes(call);
+        if (!kept.defined()) memory = at::empty({bytes}, call.float_options().dtype(at::kByte));
+        TORCH_CHECK(memory.is_contiguous() && memory.numel() == bytes &&
+                        reinterpret_cast<uintptr_t>(memory.data_ptr()) % alignof(LambPair) == 0,
+                    "kept must be ", bytes, " bytes, contiguous and at a multiple of ", alignof(LambPair),
+                    ", got shape ", memory.sizes(), " with strides ", memory.strides());
+    }
 
     static int64_t lamb_bytes(const Call& call) {
         return call.size.HS * tiles(call.problem.K) * (kChunk / 2) * sizeof(LambPair);
@@ -201,12 +210,12 @@ struct States {
         return reinterpret_cast<LambPair*>(memory.data_ptr<uint8_t>() + panel_bytes + scale_bytes);
     }
 
-    // As seen by a kernel that works on `count` heads, which share them.
+    // As seen by a kernel whose heads, all or those of a group, share them.
     SplitStates view(const Heads& kernel) const {
         uint8_t* const bytes = memory.data_ptr<uint8_t>();
-        const int group = kernel.count.value() / static_cast<int>(heads);
+        const int group = kernel.all / static_cast<int>(all_heads);
         return {reinterpret_cast<__half*>(bytes), reinterpret_cast<float*>(bytes + panel_bytes),
-                static_cast<int>(heads), group, kernel.first / group};
+                static_cast<int>(heads), group, heads == all_heads ? 0 : kernel.first / group};
     }
 };
 
@@ -221,7 +230,7 @@ struct Segments {
         : starts(known_starts), known(known_starts.defined() && known_starts.numel() > 0) {
         const std::vector<int64_t> shape = starts_shape(call.problem, heads);
         if (known) {
-            TORCH_CHECK(starts.sizes() == shape, "starts must be empty or of shape ", shape, ", got ", starts.sizes());
+            TORCH_CHECK(starts.sizes() == shape, "kept must be empty or of shape ", shape, ", got ", starts.sizes());
             starts = starts.contiguous();
         } else {
             starts = kept && call.problem.cu_seqlens ? at::zeros(shape, call.float_options())
@@ -362,7 +371,7 @@ std::vector<Tensor> chunk_forward(
     const Tensor& q_, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
     const OptionalTensor& h_kk_, const OptionalTensor& h_kv_, const OptionalTensor& cu_seqlens,
     int64_t max_cg_iterations, double cg_tol, bool solution, bool final_state, bool solver_info,
-    const OptionalTensor& state_at) {
+    const OptionalTensor& state_at, bool keep_states) {
     const ProblemSize p =
         check_chunk_inputs(q_, k, v, g, beta, lamb, h_kk_, h_kv_, cu_seqlens, max_cg_iterations, cg_tol);
     check_state_at(p, q_, cu_seqlens, state_at);
@@ -392,9 +401,10 @@ std::vector<Tensor> chunk_forward(
     const Tensor x = solution || refines ? empty_padded({p.B, p.T, p.HO, p.K}, f32) : Tensor();
     Tensor hard_rows;
     if (refines) hard_rows = at::empty({c.problem.slots(), p.HO}, f32.dtype(at::kLong));
-    const int64_t groups = head_groups(c);
-    const States states(c, p.HS / groups);
-    const Segments segments(c, p.HS, {}, solution);
+    keep_states = keep_states && solution;
+    const int64_t groups = keep_states ? 1 : head_groups(c);
+    const States states(c, p.HS, groups);
+    const Segments segments(c, p.HS, {}, solution && !keep_states);
     for (int64_t group = 0; group < groups; ++group) {
         const Heads heads = heads_of_group(p.HO, groups, group);
         forward_states(c, states, heads_of_group(p.HS, groups, group), segments, last_kk, last_kv);
@@ -407,8 +417,9 @@ std::vector<Tensor> chunk_forward(
         C10_CUDA_CHECK(launch_solve(args, c.stream));
         if (refines) refine(c, states, heads, q, x, o, args.hard_rows, max_cg_iterations);
     }
-    return wanted({without_padding(o, p.V), solution ? without_padding(x, p.K) : Tensor(),
-                   solution ? segments.starts : Tensor(), end_kk, end_kv, steps, bound});
+    const Tensor kept = !solution ? Tensor() : keep_states ? states.memory : segments.starts;
+    return wanted({without_padding(o, p.V), solution ? without_padding(x, p.K) : Tensor(), kept, end_kk, end_kv, steps,
+                   bound});
 }
 
 // Sums neighbouring heads of t [.., heads, ..] (dimension `dim`) down to `heads`, in the dtype asked for.
@@ -422,9 +433,9 @@ std::vector<Tensor> chunk_backward(
     const Tensor& grad_o, const OptionalTensor& dh_kk_final, const OptionalTensor& dh_kv_final, const Tensor& q,
     const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, const Tensor& lamb,
     const OptionalTensor& h_kk, const OptionalTensor& h_kv, const OptionalTensor& cu_seqlens, const Tensor& x_,
-    const Tensor& starts, int64_t max_cg_iterations, double cg_tol) {
+    const Tensor& kept, int64_t max_cg_iterations, double cg_tol) {
     const ProblemSize p = check_chunk_inputs(q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol);
-    check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x_, starts);
+    check_backward_inputs(p, q, grad_o, dh_kk_final, dh_kv_final, x_, kept);
     const c10::cuda::CUDAGuard guard(q.device());
     const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
     const Tensor d_o = with_padded_rows(grad_o), x = with_padded_rows(x_);
@@ -456,10 +467,14 @@ std::vector<Tensor> chunk_backward(
     const Tensor overlaps = at::empty({c.problem.slots() * p.HO * overlap_parts(c.problem)}, f32);
     const Tensor crossings = at::empty({c.problem.slots() * p.HO, sizeof(Crossings) / sizeof(float)}, f32);
 
-    const States states(c, p.HS / groups);
-    // The adjoints take the place of the states, which nobody needs any more, unless output heads share these.
-    const States adjoints = p.HO == p.HS ? states : States(c, p.HO / groups);
-    const Segments segments(c, p.HS, starts), adjoint_segments(c, p.HO);
+    const bool has_states = kept.scalar_type() == at::kByte;
+    const States states = has_states ? States(c, p.HS, 1, kept) : States(c, p.HS, groups);
+    // The adjoints take the place of the states, which nobody needs any more, unless they were kept (there may be a
+    // second backward pass) or output heads share them.
+    const States adjoints = p.HO == p.HS && !has_states ? states : States(c, p.HO, groups);
+    const Segments adjoint_segments(c, p.HO);
+    std::optional<Segments> segments;
+    if (!has_states) segments.emplace(c, p.HS, kept);
     for (int64_t group = 0; group < groups; ++group) {
         const Heads heads = heads_of_group(p.HO, groups, group);
         TiledRows w_rows;
@@ -469,7 +484,7 @@ std::vector<Tensor> chunk_backward(
         } else {
             w_rows = own_dq ? rows_of_group(w, heads, p.K) : rows_of(w, p.HO, p.K);
         }
-        forward_states(c, states, heads_of_group(p.HS, groups, group), segments, nullptr, nullptr);
+        if (segments) forward_states(c, states, heads_of_group(p.HS, groups, group), *segments, nullptr, nullptr);
 
         SolveArgs args = solve_args(c, Solve::adjoint, states, heads, do_rows, max_cg_iterations, cg_tol);
         args.x = w_rows;

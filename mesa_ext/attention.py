@@ -134,6 +134,7 @@ def mesa_attention(
     cg_tol: float | None = None,
     use_qk_l2norm: bool = False,
     return_solver_info: bool = False,
+    keep_states: bool = False,
 ) -> tuple[Tensor, MesaState | None] | tuple[Tensor, MesaState | None, SolverInfo]:
     """The Mesa layer over whole sequences: every token reads out of the ridge regression of all values on keys so far.
 
@@ -176,6 +177,10 @@ def mesa_attention(
             ``max_cg_iterations`` steps. Default: 1e-3 for 16-bit inputs, 3e-6 for float32, 1e-12 for float64.
         use_qk_l2norm: divides q and k by their Euclidean length over K first (``x * rsqrt(sum x^2 + 1e-6)``).
         return_solver_info: whether to return a :class:`SolverInfo` as well.
+        keep_states: whether to keep the states before every 64 tokens for the backward pass, on CUDA, instead of making
+            them again there: less time for memory, ``HS K (K + V) / 16`` bytes a token (K and V in multiples of 64),
+            until the backward pass has been. Results are the same bit for bit. Where activation checkpointing runs the
+            forward pass just before the backward pass, it costs memory for only one layer at a time.
 
     Returns:
         ``(o, state)``, or ``(o, state, info)`` if ``return_solver_info``. ``o [B, T, HO, V]`` has the dtype of q and
@@ -224,6 +229,7 @@ def mesa_attention(
     o, state, info = chunk_forward(
         q, k, v, *gates, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol,
         final_state=output_final_state, solver_info=return_solver_info, state_at=state_at,
+        keep_states=keep_states,
     )  # fmt: skip
     if state is not None:
         state = MesaState(*state)

@@ -96,7 +96,7 @@ class MesaLayer(nn.Module):
         use_output_gate: multiplies the normed output by ``silu`` of one more projection.
         norm_eps: of the output norm.
         lambda_min: smallest regulariser.
-        max_cg_iterations, cg_tol: of the solver, see :func:`mesa_ext.mesa_attention`.
+        max_cg_iterations, cg_tol, keep_states: see :func:`mesa_ext.mesa_attention`.
 
     Example::
 
@@ -121,6 +121,7 @@ class MesaLayer(nn.Module):
         lambda_min: float = 0.25,
         max_cg_iterations: int = 30,
         cg_tol: float | None = None,
+        keep_states: bool = False,
     ) -> None:
         super().__init__()
         if conv_size < 1:
@@ -133,6 +134,7 @@ class MesaLayer(nn.Module):
         self.lambda_min = lambda_min
         self.max_cg_iterations = max_cg_iterations
         self.cg_tol = cg_tol
+        self.keep_states = keep_states
         keys, values = num_heads * head_dim, num_heads * self.value_head_dim
         self.q_proj = nn.Linear(hidden_size, keys, bias=False)
         self.k_proj = nn.Linear(hidden_size, keys, bias=False)
@@ -233,6 +235,7 @@ class MesaLayer(nn.Module):
             cg_tol=self.cg_tol,
             use_qk_l2norm=True,
             return_solver_info=True,
+            keep_states=self.keep_states,
         )
 
     def decode(

@@ -22,23 +22,32 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _starts_shape(q, v, cu_seqlens):
-    """Of the states that chunk_forward keeps for chunk_backward: before every 4096 tokens, by tiles of 64 x 64.
+def _kept(q, v, g, cu_seqlens, keep_states):
+    """What chunk_forward keeps for chunk_backward of the states, by tiles of 64 x 64.
 
-    As ``kSegmentChunks`` and ``segment_sum_size`` of ``csrc/mesa.h`` have it.
+    All of them as ``States`` of ``csrc/cuda_backend.cpp`` has them, or those before every 4096 tokens, as
+    ``kSegmentChunks`` and ``segment_sum_size`` of ``csrc/mesa.h`` have it.
     """
     (batch, tokens, _, K), (heads, V) = q.shape, v.shape[2:]
-    if q.device.type != "cuda" or tokens <= 4096:
-        return (0,)
-    segments = batch * -(-tokens // 4096) if cu_seqlens is None else tokens // 4096 + cu_seqlens.shape[0] - 1
+    if q.device.type != "cuda" or (tokens <= 4096 and not keep_states):
+        return g.new_empty(0)
     tiles_k, tiles_v = (-(-width // 64) for width in (K, V))
-    return segments, heads, (tiles_v + tiles_k) * tiles_k * 64 * 64
+    columns = tiles_v + tiles_k
+
+    def places(size):
+        return batch * -(-tokens // size) if cu_seqlens is None else tokens // size + cu_seqlens.shape[0] - 1
+
+    if not keep_states:
+        return g.new_empty(places(4096), heads, columns * tiles_k * 64 * 64)
+    states = places(64) * heads * columns
+    panels, scales, lamb = states * tiles_k * 64 * 64 * 4, -(-states * 4 // 16) * 16, heads * tiles_k * 32 * 16
+    return g.new_empty(panels + scales + lamb, dtype=torch.uint8)
 
 
 @torch.library.register_fake("mesa_ext::chunk_forward")
 def _chunk_forward_fake(
     q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, max_cg_iterations, cg_tol,
-    solution=True, final_state=True, solver_info=True, state_at=None,
+    solution=True, final_state=True, solver_info=True, state_at=None, keep_states=False,
 ):  # fmt: skip
     batch, tokens, q_heads, K = q.shape
     heads, V = v.shape[2:]
@@ -49,7 +58,7 @@ def _chunk_forward_fake(
 
     results = [q.new_empty(batch, tokens, out_heads, V)]
     if solution:
-        results += [g.new_empty(batch, tokens, out_heads, K), g.new_empty(_starts_shape(q, v, cu_seqlens))]
+        results += [g.new_empty(batch, tokens, out_heads, K), _kept(q, v, g, cu_seqlens, keep_states)]
     if final_state:
         results += [g.new_empty(*states, heads, K, width) for width in (K, V)]
     if solver_info:
@@ -59,7 +68,7 @@ def _chunk_forward_fake(
 
 @torch.library.register_fake("mesa_ext::chunk_backward")
 def _chunk_backward_fake(
-    do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, starts,
+    do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, kept,
     max_cg_iterations, cg_tol,
 ):  # fmt: skip
     K, (heads, V) = k.shape[3], v.shape[2:]
@@ -95,13 +104,13 @@ _forward_alone, _backward_alone = _below_autograd(_chunk_forward), _below_autogr
 
 
 def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.max_cg_iterations, ctx.cg_tol, solution, ctx.final_state, solver_info, state_at = inputs
+    *tensors, ctx.max_cg_iterations, ctx.cg_tol, solution, ctx.final_state, solver_info, state_at, _ = inputs
     ctx.has_state_at = state_at is not None
     if not solution:
         raise RuntimeError("mesa_ext::chunk_forward: a call with solution=False cannot be differentiated")
-    (x, starts), info = output[1:3], output[-2:] if solver_info else []
-    ctx.save_for_backward(*tensors, x, starts)
-    ctx.mark_non_differentiable(x, starts, *info)
+    (x, kept), info = output[1:3], output[-2:] if solver_info else []
+    ctx.save_for_backward(*tensors, x, kept)
+    ctx.mark_non_differentiable(x, kept, *info)
     ctx.set_materialize_grads(False)
 
 
@@ -109,11 +118,11 @@ def _backward(ctx, grads, chunk_backward=_chunk_backward):
     do, (dh_kk_final, dh_kv_final) = grads[0], grads[3:5] if ctx.final_state else (None, None)
     if ctx.has_state_at and (dh_kk_final is not None or dh_kv_final is not None):
         raise RuntimeError("mesa_attention: there is no gradient through the states that state_at asks for")
-    q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, starts = ctx.saved_tensors
+    q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, kept = ctx.saved_tensors
     if do is None:  # only the final state was used
         do = v.new_zeros(*x.shape[:3], v.shape[3])
     grads = chunk_backward(
-        do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, starts,
+        do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, kept,
         ctx.max_cg_iterations, ctx.cg_tol,
     )  # fmt: skip
     return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))  # none for cu_seqlens and the settings
@@ -137,21 +146,21 @@ class _ChunkForward(torch.autograd.Function):
 
 
 def chunk_forward(
-    *inputs, final_state: bool, solver_info: bool, state_at: Tensor | None
+    *inputs, final_state: bool, solver_info: bool, state_at: Tensor | None, keep_states: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
     """``o``, ``(h_kk, h_kv)`` if ``final_state`` and ``(steps, bound)`` if ``solver_info``, else None.
 
     Of ``torch.ops.mesa_ext.chunk_forward``, which is asked for what these and a gradient need and no more.
     """
     differentiable = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs)
-    inputs = *inputs, differentiable, final_state, solver_info, state_at
+    inputs = *inputs, differentiable, final_state, solver_info, state_at, keep_states
     if torch.compiler.is_compiling():
         results = _chunk_forward(*inputs)
     elif differentiable:
         results = _ChunkForward.apply(*inputs)
     else:
         results = _forward_alone(*inputs)
-    first = 3 if differentiable else 1  # x and starts lie in between
+    first = 3 if differentiable else 1  # x and kept lie in between
     return results[0], results[first : first + 2] if final_state else None, results[-2:] if solver_info else None
 
 

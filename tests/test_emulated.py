@@ -25,7 +25,7 @@ from tests.test_decode import assert_accurate, copy
 LIBRARY = os.environ.get("MESA_EXT_EMULATED")
 pytestmark = pytest.mark.skipif(not LIBRARY, reason="needs MESA_EXT_EMULATED, the library")
 
-NAMES = ("o", "x", "starts", "h_kk", "h_kv", "steps", "bound")
+NAMES = ("o", "x", "kept", "h_kk", "h_kv", "steps", "bound")
 SHAPES = [
     dict(heads=(4, 1, 2), K=128, V=128, context=20, T=70),
     dict(heads=(1, 1, 3), K=100, V=36, lengths=[65, 0, 3], context=10),
@@ -64,7 +64,7 @@ def check(operators, inputs, gradients):
     solver = solver_steps(dtype), 1e-5 if dtype == torch.float32 else 1e-3
     result = dict(zip(NAMES, operators.chunk_forward(*arguments(inputs), *solver), strict=True))
     do, dh_kk, dh_kv = gradients if len(gradients) == 3 else (*gradients, None, None)
-    grads = operators.chunk_backward(do, dh_kk, dh_kv, *arguments(inputs), result["x"], result["starts"], *solver)
+    grads = operators.chunk_backward(do, dh_kk, dh_kv, *arguments(inputs), result["x"], result["kept"], *solver)
     expected = exact(inputs, gradients, output_final_state=True)
     names = [name for name in expected if name.startswith("d")]
     actual = {name: result[name] for name in ("o", "h_kk", "h_kv")} | dict(zip(names, grads, strict=True))
@@ -94,31 +94,39 @@ def test_every_regime(operators, kernels, dtype, regime, scale):
     "dtype, regime", [(torch.bfloat16, "random"), (torch.float32, "random"), (torch.float32, "corr .9, Wk")], ids=str
 )
 def test_groups_of_heads_change_nothing(operators, kernels, monkeypatch, dtype, shape, regime):
-    """The same bits with one group of heads and with as many as there are; in float32 of rows to be refined, too."""
+    """The same bits with one group of heads and with as many as there are; in float32 of rows to be refined, too.
+
+    And with states that are kept for the backward pass, which then leaves them as they are.
+    """
     inputs = draw(regime, "cpu", dtype, **shape | dict(context=3000 if regime != "random" else 10))
     results = []
-    for memory in ("1024", "0"):
+    gradients = output_gradients(inputs, state=True)
+    for memory, keep_states in (("1024", False), ("0", False), ("1024", True), ("0", True)):
         monkeypatch.setenv("MESA_EXT_STATE_MEMORY", memory)
-        result = operators.chunk_forward(*arguments(inputs), solver_steps(dtype), 1e-5)
-        gradients = output_gradients(inputs, state=True)
-        solution = *result[1:3], solver_steps(dtype), 1e-5
-        results.append([*result, *operators.chunk_backward(*gradients, *arguments(inputs), *solution)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        solver = solver_steps(dtype), 1e-5
+        o, x, kept, *rest = operators.chunk_forward(*arguments(inputs), *solver, keep_states=keep_states)
+        assert (kept.numel() > 0) == keep_states
+        before = kept.clone()
+        grads = operators.chunk_backward(*gradients, *arguments(inputs), x, kept, *solver)
+        assert kept.equal(before)
+        results.append([o, x, *rest, *grads])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_states_kept_for_the_backward_pass_change_nothing(operators, kernels):
     """The state before the second 4096 tokens: without it the backward pass makes the same once more."""
     inputs = draw("random", "cpu", torch.bfloat16, T=4100, heads=1, K=8, V=8)
     inputs.g.mul_(0.01)
-    x, starts = operators.chunk_forward(*arguments(inputs), 30, 1e-3)[1:3]
+    x, kept = operators.chunk_forward(*arguments(inputs), 30, 1e-3)[1:3]
     gradients = output_gradients(inputs, state=True)
 
-    def backward(starts):
-        return operators.chunk_backward(*gradients, *arguments(inputs), x, starts, 30, 1e-3)
+    def backward(kept):
+        return operators.chunk_backward(*gradients, *arguments(inputs), x, kept, 30, 1e-3)
 
-    kept = backward(starts)
-    assert all(torch.equal(a, b) for a, b in zip(kept, backward(starts[:0, 0, 0]), strict=True))
-    assert not torch.equal(kept[0], backward(2 * starts)[0])  # they are what it starts from
+    grads = backward(kept)
+    assert all(torch.equal(a, b) for a, b in zip(grads, backward(kept[:0, 0, 0]), strict=True))
+    assert not torch.equal(grads[0], backward(2 * kept)[0])  # they are what it starts from
 
 
 def test_bad_memory(operators, monkeypatch):
@@ -130,8 +138,8 @@ def test_bad_memory(operators, monkeypatch):
 @pytest.mark.parametrize("wanted", [(True, False, True), (True, True, False), (False, False, False)], ids=str)
 def test_only_what_is_wanted_is_made(operators, wanted):
     inputs = draw("random", "cpu", torch.bfloat16, T=70, K=24, V=16, context=10)
-    o, x, starts, h_kk, h_kv, steps, bound = operators.chunk_forward(*arguments(inputs), 30, 1e-3)
-    expected = [o] + [x, starts] * wanted[0] + [h_kk, h_kv] * wanted[1] + [steps, bound] * wanted[2]
+    o, x, kept, h_kk, h_kv, steps, bound = operators.chunk_forward(*arguments(inputs), 30, 1e-3)
+    expected = [o] + [x, kept] * wanted[0] + [h_kk, h_kv] * wanted[1] + [steps, bound] * wanted[2]
     results = operators.chunk_forward(*arguments(inputs), 30, 1e-3, *wanted)
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 

@@ -1,5 +1,7 @@
 """What must hold whatever the numbers are: causality, independence, composition, linearity, honest error bounds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,10 +31,10 @@ def attend(inputs, gradients=(), **options):
 
 
 def full(inputs, **options):
-    """The raw operator: o, x, starts, h_kk, h_kv, steps, bound."""
+    """The raw operator: o, x, kept, h_kk, h_kv, steps, bound."""
     state = inputs.initial_state or (None, None)
     options = {"max_cg_iterations": 30, "cg_tol": 1e-3} | options
-    names = ("o", "x", "starts", "h_kk", "h_kv", "steps", "bound")
+    names = ("o", "x", "kept", "h_kk", "h_kv", "steps", "bound")
     results = torch.ops.mesa_ext.chunk_forward(
         *inputs.tokens(), inputs.lamb, *state, inputs.cu_seqlens, *options.values()
     )
@@ -190,19 +192,28 @@ def test_states_kept_for_the_backward_pass_change_nothing(dtype, lengths):
     inputs = draw("random", "cuda", dtype, B=3, T=9000, heads=(4, 1, 2), K=32, V=72, lengths=lengths, context=10)
     inputs.g.mul_(0.01)  # so that a start still matters at the end
     solution = full(inputs)
-    starts = solution["starts"]
-    assert starts.shape[:2] == ((9, 2) if lengths is None else (6, 2))
+    kept = solution["kept"]
+    assert kept.shape[:2] == ((9, 2) if lengths is None else (6, 2))
 
-    def backward(starts):
-        tensors = *inputs.tokens(), inputs.lamb, *inputs.initial_state, inputs.cu_seqlens, solution["x"], starts
+    def backward(kept):
+        tensors = *inputs.tokens(), inputs.lamb, *inputs.initial_state, inputs.cu_seqlens, solution["x"], kept
         grads = torch.ops.mesa_ext.chunk_backward(*output_gradients(inputs, state=True), *tensors, 30, 1e-3)
         return dict(enumerate(grads))
 
-    kept = backward(starts)
-    assert_bitwise(kept, backward(starts[:0, 0, 0]))
-    assert not torch.equal(kept[0], backward(2 * starts)[0])  # they are what it starts from
-    with pytest.raises(RuntimeError, match="starts must be empty or of shape"):
-        backward(starts[1:])
+    grads = backward(kept)
+    assert_bitwise(grads, backward(kept[:0, 0, 0]))
+    assert not torch.equal(grads[0], backward(2 * kept)[0])  # they are what it starts from
+    with pytest.raises(RuntimeError, match="kept must be empty or of shape"):
+        backward(kept[1:])
+
+    every = full(inputs, solution=True, final_state=True, solver_info=True, state_at=None, keep_states=True)
+    states = every.pop("kept")
+    assert_bitwise(every, {name: solution[name] for name in every})
+    assert_bitwise(grads, backward(states))
+    assert_bitwise(grads, backward(states))  # once more
+    with pytest.raises(RuntimeError, match="kept must be .* bytes"):
+        backward(states[16:])
+    assert not torch.equal(grads[0], backward(states.zero_())[0])
 
 
 @pytest.mark.gpu
@@ -210,7 +221,10 @@ def test_states_kept_for_the_backward_pass_change_nothing(dtype, lengths):
 @pytest.mark.parametrize("heads", [4, (4, 1, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_groups_of_heads_change_nothing(dtype, heads, lengths, monkeypatch):
-    """With little memory for the states the heads are worked on in groups, and a group needs less memory."""
+    """With little memory for the states the heads are worked on in groups, and a group needs less memory.
+
+    Nor do states that are kept for the backward pass, for a second one too.
+    """
     inputs = draw("random", "cuda", dtype, B=2, T=700, heads=heads, K=128, V=64, context=10, lengths=lengths)
     gradients = output_gradients(inputs, state=True)
     results, peaks = [], []
@@ -220,9 +234,15 @@ def test_groups_of_heads_change_nothing(dtype, heads, lengths, monkeypatch):
         before = torch.cuda.memory_allocated()
         results.append(attend(inputs, gradients))
         peaks.append(torch.cuda.max_memory_allocated() - before)
+        assert_bitwise(attend(inputs, gradients, keep_states=True), results[0])
     assert_bitwise(results[1], results[0])
     assert_bitwise(results[2], results[0])
     assert peaks[2] < peaks[0]
+
+    q = inputs.q.detach().requires_grad_()
+    o, _ = replace(inputs, q=q).call(mesa_attention, keep_states=True)
+    first, second = (torch.autograd.grad(o, q, gradients[0], retain_graph=True)[0] for _ in range(2))
+    assert first.equal(second) and not first.isnan().any()
 
 
 @pytest.mark.gpu

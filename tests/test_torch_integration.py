@@ -57,8 +57,8 @@ def test_results_that_are_not_wanted(device, wanted):
     operator = torch.ops.mesa_ext.chunk_forward
     torch.library.opcheck(operator.default, (*tensors, *wanted))
     solution, final_state, solver_info = wanted
-    o, x, starts, h_kk, h_kv, steps, bound = operator(*tensors)
-    expected = [o] + [x, starts] * solution + [h_kk, h_kv] * final_state + [steps, bound] * solver_info
+    o, x, kept, h_kk, h_kv, steps, bound = operator(*tensors)
+    expected = [o] + [x, kept] * solution + [h_kk, h_kv] * final_state + [steps, bound] * solver_info
     assert all(a.equal(b) for a, b in zip(operator(*tensors, *wanted), expected, strict=True))
 
     leaf = inputs.q.detach().requires_grad_()
@@ -69,6 +69,19 @@ def test_results_that_are_not_wanted(device, wanted):
     gradient = torch.autograd.grad(operator(leaf, *tensors[1:], *wanted)[0].sum(), leaf)[0]
     o, _ = mesa_attention(leaf, *tensors[1:6], max_cg_iterations=SOLVER[0], cg_tol=SOLVER[1])
     assert torch.autograd.grad(o.sum(), leaf)[0].equal(gradient)
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 0, 4195]], ids=["batch", "packed"])
+def test_opcheck_keep_states(device, lengths):
+    """Not its comparison of the results' bytes: where a chunk's place is not in use, those kept are what was there."""
+    inputs = draw("random", device, torch.bfloat16, B=2, T=4198, K=70, V=5, heads=(2, 1, 1), lengths=lengths)
+    leaves = [a.requires_grad_() for a in (*inputs.tokens(), inputs.lamb)]
+    torch.library.opcheck(
+        torch.ops.mesa_ext.chunk_forward.default,
+        (*leaves, None, None, inputs.cu_seqlens, *SOLVER),
+        {"keep_states": True},
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
 
 
 @pytest.mark.parametrize("counts", [[2, 5], [[0, 5, 1], [4, 4, 2]]], ids=str)
@@ -90,16 +103,18 @@ def test_opcheck_decode(device, rows):
     torch.library.opcheck(torch.ops.mesa_ext.decode_step.default, arguments)
 
 
+@pytest.mark.parametrize("keep_states", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_without_graph_breaks(device, dynamic):
+def test_compile_without_graph_breaks(device, dynamic, keep_states):
     def attention(q, k, v, g, beta, lamb, *, initial_state, cu_seqlens):
         o, state, info = mesa_attention(
             2 * q, k, v, g, beta, lamb,
             initial_state=initial_state, cu_seqlens=cu_seqlens,
-            output_final_state=True, use_qk_l2norm=True, return_solver_info=True,
+            output_final_state=True, use_qk_l2norm=True, return_solver_info=True, keep_states=keep_states,
         )  # fmt: skip
         return o * info.error_bound.lt(1).all(), state
 
+    torch.compiler.reset()  # forgets the cases before, so that their compilations do not count towards the limit
     # aot_eager: the part of torch.compile that custom operators can break; without a C++ compiler's minutes.
     compiled = torch.compile(attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for lengths, T in ((None, 70), (None, 90), ([3, 0, 66], None), ([50, 20, 1, 8], None)):

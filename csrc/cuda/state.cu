@@ -483,10 +483,12 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
 #pragma unroll
                 for (int term = 0; term < 2; ++term) {
                     pieces[term] = *reinterpret_cast<const uint4*>(sm.staging[warp][term] + (i * 32 + own) * 8);
-                    // What the head's other blocks are still to read of the rows is to stay in L2, and not this.
-                    ptx::store_streaming(
-                        reinterpret_cast<uint4*>(panel_place + term * kPanel + half * 8 * kChunk + i * 32 * 8),
-                        pieces[term]);
+                    auto* const to =
+                        reinterpret_cast<uint4*>(panel_place + term * kPanel + half * 8 * kChunk + i * 32 * 8);
+                    // What the head's other blocks are still to read of the rows is to stay in L2, and not this. (The
+                    // portable kernel is slower so.)
+                    if constexpr (isa == Isa::hopper) ptx::store_streaming(to, pieces[term]);
+                    else *to = pieces[term];
                 }
                 if (overlaps) sum += dot8(pieces[0], pieces[1], before[0][i], before[1][i]);
             }

@@ -554,7 +554,11 @@ bool test_divisors() {
 
 // `groups`: those to run, or none for all of them.
 bool test(const std::set<std::string>& groups) {
-    const auto wanted = [&](const char* group) { return groups.empty() || groups.count(group); };
+    std::set<std::string> unknown = groups;
+    const auto wanted = [&](const char* group) {
+        unknown.erase(group);
+        return groups.empty() || groups.count(group);
+    };
     bool ok = !wanted("divisors") || test_divisors();
     for (DType dtype : {DType::f16, DType::bf16, DType::f32}) {
         for (bool hopper : {false, true}) {
@@ -609,6 +613,10 @@ bool test(const std::set<std::string>& groups) {
             ok &= test_piece(1, 100, 36, dtype, 1, false);
             ok &= test_state_at(50, 40, dtype);
         }
+    }
+    for (const std::string& group : unknown) {
+        std::printf("there is no group '%s'  WRONG\n", group.c_str());
+        ok = false;
     }
     std::printf(ok ? "all right\n" : "SOMETHING IS WRONG\n");
     return ok;
