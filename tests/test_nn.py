@@ -254,6 +254,22 @@ def test_activation_checkpointing():
     assert_same(again, plain)
 
 
+def test_keep_states(device):
+    """On CUDA they take memory from the forward to the backward pass; they change nothing."""
+    x = torch.randn(2, 500, D, device=device)
+    gradients, held = [], []
+    for keep_states in (False, True):
+        layer = make_layer(torch.float32, keep_states=keep_states).to(device)
+        before = torch.cuda.memory_allocated() if device == "cuda" else 0
+        loss = layer(x)[0].square().sum()
+        held.append(torch.cuda.memory_allocated() - before if device == "cuda" else 0)
+        loss.backward()
+        gradients.append([p.grad for p in layer.parameters()])
+    assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
+    states = 2 * 8 * 3 * 2 * 64 * 64 * 4  # chunks x heads x [G | H] in two terms, of 64 x 64 each
+    assert device == "cpu" or held[1] - held[0] >= states
+
+
 @pytest.mark.parametrize("options", [{"conv_size": 0}, {"lambda_min": 0.0}, {"lambda_min": math.inf}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match=next(iter(options))):
