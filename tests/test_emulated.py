@@ -90,18 +90,18 @@ def test_every_regime(operators, kernels, dtype, regime, scale):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    "dtype, regime", [(torch.bfloat16, "random"), (torch.float32, "random"), (torch.float32, "corr .9, Wk")], ids=str
-)
+@pytest.mark.parametrize("dtype, regime", [(torch.bfloat16, "random"), (torch.float32, "corr .9, Wk")], ids=str)
 def test_groups_of_heads_change_nothing(operators, kernels, monkeypatch, dtype, shape, regime):
     """The same bits with one group of heads and with as many as there are; in float32 of rows to be refined, too.
 
-    And with states that are kept for the backward pass, which then leaves them as they are.
+    And in bf16 with states that are kept for the backward pass (all together, then; the adjoints in groups), which
+    leaves them as they are.
     """
     inputs = draw(regime, "cpu", dtype, **shape | dict(context=3000 if regime != "random" else 10))
     results = []
     gradients = output_gradients(inputs, state=True)
-    for memory, keep_states in (("1024", False), ("0", False), ("0", True)):
+    variants = [("1024", False), ("0", False), ("0", True)]
+    for memory, keep_states in variants if dtype == torch.bfloat16 else variants[:2]:
         monkeypatch.setenv("MESA_EXT_STATE_MEMORY", memory)
         solver = solver_steps(dtype), 1e-5
         o, x, kept, *rest = operators.chunk_forward(*arguments(inputs), *solver, keep_states=keep_states)
