@@ -458,9 +458,10 @@ std::vector<Tensor> chunk_backward(
     if (!w_in_place) w = empty_padded({p.B, p.T, own_dq ? p.HO / groups : p.HO, p.K}, f32);
     const Tensor dq = own_dq ? empty_padded({p.B, p.T, p.HO, p.K}, q.options()) : w;
     const Tensor dg = at::empty({p.B, p.T, p.HO}, f32), dbeta = at::empty({p.B, p.T, p.HO}, f32);
-    const std::vector<int64_t> dlamb_shape = {c.problem.slots(), p.HO, p.K};
-    const Tensor dlamb =
-        cu_seqlens ? at::zeros(dlamb_shape, f32) : at::empty(dlamb_shape, f32);  // packed: some slots are not in use
+    const std::vector<int64_t> parts_shape = {c.problem.slots(), p.HO, p.K};
+    const Tensor dlamb_parts =
+        cu_seqlens ? at::zeros(parts_shape, f32) : at::empty(parts_shape, f32);  // packed: some slots are not in use
+    const Tensor dlamb = at::empty({p.HO, p.K}, f32);
     const Tensor end_kk = if_wanted(h_kk.has_value(), {p.N, p.HO, p.K, p.K}, f32);
     const Tensor end_kv = if_wanted(h_kv.has_value(), {p.N, p.HO, p.K, p.V}, f32);
     const Tensor from_start = at::empty({p.B, p.T, p.HO}, f32);
@@ -517,7 +518,8 @@ std::vector<Tensor> chunk_backward(
             {c.problem, x_rows, w_rows, do_rows, c.k_rows(p.HO), c.v_rows(p.HO), c.gates(p.HO), adjoints.view(heads),
              from_start.const_data_ptr<float>(), overlaps.const_data_ptr<float>(),
              reinterpret_cast<Crossings*>(crossings.data_ptr<float>()), rows_of(dk, p.HO, p.K), rows_of(dv, p.HO, p.V),
-             dg.data_ptr<float>(), dbeta.data_ptr<float>(), dlamb.data_ptr<float>(), heads},
+             dg.data_ptr<float>(), dbeta.data_ptr<float>(), dlamb_parts.data_ptr<float>(), dlamb.data_ptr<float>(),
+             heads},
             c.stream));
     }
 
@@ -526,7 +528,7 @@ std::vector<Tensor> chunk_backward(
                    sum_groups(without_padding(dv, p.V), 2, p.HS, p.dtype),
                    sum_groups(dg, 2, p.HS, at::kFloat),
                    sum_groups(dbeta, 2, p.HS, at::kFloat),
-                   sum_groups(dlamb.sum(0), 0, p.HS, at::kFloat),
+                   sum_groups(dlamb, 0, p.HS, at::kFloat),
                    sum_groups(end_kk, 1, p.HS, at::kFloat),
                    sum_groups(end_kv, 1, p.HS, at::kFloat)});
 }

@@ -76,12 +76,12 @@ struct Problem {
         : T(static_cast<int>(T)), N(N), cu_seqlens(cu_seqlens), K(K), V(V), hopper(hopper),
           segment_chunks(segment_chunks), chunks(kChunk, T), segments(int64_t(segment_chunks) * kChunk, T) {}
 
-    int64_t slots() const { return T == 0 && !cu_seqlens ? 0 : count(chunks); }
+    MESA_HOST_DEVICE int64_t slots() const { return T == 0 && !cu_seqlens ? 0 : count(chunks); }
     int64_t segment_count() const { return count(segments); }  // of an empty sequence one too: its final state
     bool segmented() const { return T > segments.tokens.value(); }
 
   private:
-    int64_t count(const Places& p) const {
+    MESA_HOST_DEVICE int64_t count(const Places& p) const {
         return cu_seqlens ? T / p.tokens + int64_t(N) : int64_t(N) * p.of_each.value();
     }
 };
@@ -253,7 +253,8 @@ struct GradArgs {
     Rows dk, dv;           // heads as the kernel's
     float* dg;             // [B, T, heads]
     float* dbeta;          // [B, T, heads]
-    float* dlamb;          // [slots, heads, K], one addend per chunk
+    float* dlamb_parts;    // [slots, heads, K], every chunk's own part; zeros in slots that are not in use
+    float* dlamb;          // [heads, K]
     Heads heads;
 };
 cudaError_t launch_grad(const GradArgs&, cudaStream_t);

@@ -119,15 +119,16 @@ __device__ __forceinline__ void store_state_row(float* to, const float (&v)[N], 
     }
 }
 
-// Blocks on a multiprocessor, as many as registers (128 a thread in a piece) and shared memory allow.
-template <int KP, Kind kind>
-constexpr int kBlocks = kind == Kind::piece || KP == 128 ? 256 / KP : 5;
+// Blocks on a multiprocessor, as many as registers (128 a thread in a piece) and shared memory allow. (Six leave a word
+// or two of stack, which the solver's steps do without.)
+template <int KP, int VP, Kind kind>
+constexpr int kBlocks = kind == Kind::piece || KP == 128 ? 256 / KP : VP == 128 ? 5 : 6;
 
-template <int KP, bool Aligned, Kind kind>
-__global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
+template <int KP, int VP, bool Aligned, Kind kind>
+__global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, VP, kind>)
     decode_kernel(const __grid_constant__ DecodeArgs a) {
     constexpr bool Piece = kind == Kind::piece, Packed = kind == Kind::packed_step;
-    constexpr int kCols = KP / 32, kBlockThreads = kWarps<KP> * 32, kPitch = kMaxWidth;
+    constexpr int kCols = KP / 32, kBlockThreads = kWarps<KP> * 32, kPitch = VP;
     constexpr int kSharers = 32 / kRows;  // lanes to an element of the warp's own rows
     constexpr int kTogether = kQueries<kind>;
     __shared__ Shared<KP, kind> shared;
@@ -442,31 +443,32 @@ __global__ void __launch_bounds__(kWarps<KP> * 32, kBlocks<KP, kind>)
     }
 }
 
-template <int KP, bool Aligned>
+template <int KP, int VP, bool Aligned>
 cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
     const bool step = a.T == 1 && a.end_kk && a.start_kk == a.end_kk && a.start_kv == a.end_kv && !a.steps && !a.bound;
-    const auto kernel = a.packed ? decode_kernel<KP, Aligned, Kind::packed_step>
-                        : step   ? decode_kernel<KP, Aligned, Kind::step>
-                                 : decode_kernel<KP, Aligned, Kind::piece>;
+    const auto kernel = a.packed ? decode_kernel<KP, VP, Aligned, Kind::packed_step>
+                        : step   ? decode_kernel<KP, VP, Aligned, Kind::step>
+                                 : decode_kernel<KP, VP, Aligned, Kind::piece>;
     if (a.packed && !step) return cudaErrorInvalidValue;
-    return launch(kernel, a, int64_t(a.B) * a.HS, KP * kMaxWidth * sizeof(float), stream, kWarps<KP> * 32);
+    return launch(kernel, a, int64_t(a.B) * a.HS, KP * VP * sizeof(float), stream, kWarps<KP> * 32);
 }
 
-template <int KP>
+template <int KP, int VP>
 cudaError_t launch_decode_kernel(const DecodeArgs& a, cudaStream_t stream) {
     const auto multiple_of_16 = [](const float* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
     const bool kk_aligned = multiple_of_16(a.start_kk) && multiple_of_16(a.end_kk);
     const bool kv_aligned = multiple_of_16(a.start_kv) && multiple_of_16(a.end_kv) && a.V % 4 == 0;
     if (a.packed && !kk_aligned) return cudaErrorMisalignedAddress;
     const bool aligned = kv_aligned && kk_aligned && (a.packed || a.K % (KP / 32) == 0);
-    return aligned ? launch_decode_kernel<KP, true>(a, stream) : launch_decode_kernel<KP, false>(a, stream);
+    return aligned ? launch_decode_kernel<KP, VP, true>(a, stream) : launch_decode_kernel<KP, VP, false>(a, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_decode(const DecodeArgs& a, cudaStream_t stream) {
     if (a.K <= 32 && a.V <= 64) return launch_narrow_decode(a, stream);
-    return a.K <= 64 ? launch_decode_kernel<64>(a, stream) : launch_decode_kernel<128>(a, stream);
+    if (a.K > 64) return launch_decode_kernel<128, 128>(a, stream);
+    return a.V > 64 ? launch_decode_kernel<64, 128>(a, stream) : launch_decode_kernel<64, 64>(a, stream);
 }
 
 }  // namespace mesa

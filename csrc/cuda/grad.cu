@@ -15,7 +15,8 @@
 //
 // With 16-bit inputs <dS, S> is there for every eighth chunk only. The others' e^{gc_C} <dS, S> follow, each from that
 // of the chunk behind: of what crosses the boundary between the two, all but what ends in the later one passes over
-// that one, and all but what begins in the earlier one over this one. A kernel of its own adds these to dg.
+// that one, and all but what begins in the earlier one over this one. A kernel of its own adds these to dg,
+// and sums dlamb.
 //
 // Rows are keys: a warp owns 16 tokens j. Column tiles of 64 of [k | v] are taken one after the other, each of them
 // with its part of dS.
@@ -274,7 +275,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         if (ct + 1 < column_tiles) fetch_outputs(ct + 1);
         const int column = threadIdx.x;
         if (!is_v && column < kChunk && col0 + column < a.problem.K)
-            a.dlamb[(int64_t(slot) * a.heads.all + head) * a.problem.K + col0 + column] = -column_total(sm.w_x, column);
+            a.dlamb_parts[(int64_t(slot) * a.heads.all + head) * a.problem.K + col0 + column] =
+                -column_total(sm.w_x, column);
 #pragma unroll
         for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -444,19 +446,19 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     }
 }
 
-constexpr int kPassingThreads = 256;
+constexpr int kSumThreads = 256;
 
 // Adds to dg what passes over a whole chunk. A warp's lanes are heads, and each warp has every eighth token.
-__global__ void __launch_bounds__(kPassingThreads) passing_kernel(const __grid_constant__ GradArgs a) {
+__device__ __forceinline__ void add_passing(const GradArgs& a, int block) {
     const int heads = a.heads.count.value(), head_groups = (heads + 31) / 32;
-    const int in_group = blockIdx.x % head_groups * 32 + threadIdx.x % 32, slot = blockIdx.x / head_groups;
+    const int in_group = block % head_groups * 32 + threadIdx.x % 32, slot = block / head_groups;
     const Sequence sequence =
         find_sequence(a.problem, sequence_at(a.problem, slot, a.problem.chunks), a.problem.chunks);
     const int index = slot - sequence.first_slot, chunks = (sequence.length + kChunk - 1) / kChunk;
     if (index < 0 || index >= chunks || in_group >= heads) return;
     const int head = a.heads.first + in_group;
     const bool float32 = a.d_o.dtype == DType::f32;
-    constexpr int kWarps = kPassingThreads / 32;
+    constexpr int kWarps = kSumThreads / 32;
     const Chunk chunk = chunk_of(sequence, index);
     float* const dg = a.dg + token_index(a.problem, chunk, threadIdx.x / 32, a.heads.all, head);
     const int own_tokens = (chunk.length - int(threadIdx.x) / 32 + kWarps - 1) / kWarps;
@@ -491,13 +493,52 @@ __global__ void __launch_bounds__(kPassingThreads) passing_kernel(const __grid_c
         if (i < own_tokens) dg[i * kWarps * a.heads.all] = before[i] + passing;
 }
 
+MESA_HOST_DEVICE int dlamb_blocks(const GradArgs& a) { return (a.heads.count.value() * a.problem.K + 31) / 32; }
+
+// dlamb of 32 neighbouring elements, a lane each; every warp takes every eighth chunk.
+__device__ __forceinline__ void sum_dlamb(const GradArgs& a, int block) {
+    constexpr int kWarps = kSumThreads / 32, kAtOnce = 16;
+    __shared__ float parts[kWarps][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int element = block * 32 + lane, elements = a.heads.count.value() * a.problem.K;
+    const int64_t first = int64_t(a.heads.first) * a.problem.K + element, stride = int64_t(a.heads.all) * a.problem.K;
+    const int slots = static_cast<int>(a.problem.slots());
+    float total = 0.f;
+    for (int slot = warp; slot < slots; slot += kWarps * kAtOnce) {
+        float addend[kAtOnce] = {};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int at = slot + i * kWarps;
+            if (element < elements && at < slots) addend[i] = a.dlamb_parts[first + at * stride];
+        }
+#pragma unroll
+        for (int d = 1; d < kAtOnce; d *= 2)
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i += d * 2) addend[i] += addend[i + d];
+        total += addend[0];
+    }
+    parts[warp][lane] = total;
+    __syncthreads();
+    if (warp > 0 || element >= elements) return;
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) total += parts[w][lane];
+    a.dlamb[first] = total;
+}
+
+// The sums over more than one chunk.
+__global__ void __launch_bounds__(kSumThreads) sums_kernel(const __grid_constant__ GradArgs a) {
+    const int block = blockIdx.x, passing_block = block - dlamb_blocks(a);
+    if (passing_block < 0) sum_dlamb(a, block);
+    else add_passing(a, passing_block);
+}
+
 template <Isa isa, int KTiles, int Terms>
 cudaError_t launch_kernel(const GradArgs& a, cudaStream_t stream) {
     const cudaError_t status = launch(grad_kernel<isa, KTiles, Terms>, a, a.problem.slots() * a.heads.count.value(),
                                       sizeof(Shared<KTiles, Terms>), stream);
     if (status != cudaSuccess) return status;
-    return launch(passing_kernel, a, a.problem.slots() * ((a.heads.count.value() + 31) / 32), 0, stream,
-                  kPassingThreads);
+    const int64_t passing_blocks = a.problem.slots() * ((a.heads.count.value() + 31) / 32);
+    return launch(sums_kernel, a, dlamb_blocks(a) + passing_blocks, 0, stream, kSumThreads);
 }
 
 template <Isa isa>

@@ -15,10 +15,10 @@
 // columns of the keys are its rows of the state, so that their scale stays in the warp; every eight (or sixteen)
 // columns of the values have a scale of their own. So no scale needs a barrier before it can be used.
 //
-// Sequences of several segments take three launches: the same walk without storing gives every segment's own sum,
-// `combine` makes of these the states before the segments, and the walk starts from those. In turn (see StateArgs), the
-// walk over the first segments leaves its end where that over the second ones starts. What is there then, the states
-// before the segments, is the backward pass's to start from.
+// Sequences of several segments take three launches: the same walk without storing gives every segment's own sum, but
+// of chunks of which nothing is left at the segment's end; `combine` makes of these the states before the segments, and
+// the walk starts from those. In turn (see StateArgs), the walk over the first segments leaves its end where that over
+// the second ones starts. What is there then, the states before the segments, is the backward pass's to start from.
 #include <cfloat>
 #include <type_traits>
 
@@ -108,6 +108,42 @@ __device__ __forceinline__ Weights chunk_weights(const Gates& gates, int64_t at,
                                    : ptx::exp2_approx(static_cast<float>(all - last[i])) * beta[i]);
     out.log_decay = static_cast<float>(all);
     return out;
+}
+
+// The first step of a segment's walk that is worth taking when only its end is wanted: what the steps before it add is
+// decayed by less than 2^-160 after it, which leaves nothing in float32 of numbers up to 2^10.
+// `gate` is the first token's place among the gates at step 0, `way` what leads to the next step's; every step but
+// `short_step`, whose tokens are `short_length`, has a whole chunk of tokens.
+template <int Warps>
+__device__ __forceinline__ int first_lasting_step(const Gates& gates, int64_t gate, int64_t way, int steps,
+                                                  int short_step, int short_length, float (&scratch)[kChunk]) {
+    constexpr float kLeast = -160 * 0.693147181f;
+    constexpr int kAtOnce = 16, kOfWarp = kAtOnce / Warps;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float log_decay = 0.f;
+    for (int last = steps - 1; last > 0; last -= kAtOnce) {
+        float sum[kOfWarp] = {};  // of step last - warp - i Warps
+#pragma unroll
+        for (int i = 0; i < kOfWarp; ++i) {
+            const int step = last - warp - i * Warps;
+            const int length = step < 0 ? 0 : step == short_step ? short_length : kChunk;
+#pragma unroll
+            for (int t = lane; t < kChunk; t += 32)
+                if (t < length) sum[i] += gates.g[gate + step * way + t * gates.heads];
+        }
+#pragma unroll
+        for (int i = 0; i < kOfWarp; ++i) {
+#pragma unroll
+            for (int d = 16; d; d /= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], d);
+            if (lane == 0) scratch[warp + i * Warps] = sum[i];
+        }
+        __syncthreads();
+        int back = 0;  // NaN among the gates leaves all steps
+        while (back < kAtOnce && !(log_decay < kLeast)) log_decay += scratch[back++];
+        __syncthreads();
+        if (log_decay < kLeast) return last + 1 - back;
+    }
+    return 0;
 }
 
 // ---- rows -------------------------------------------------------------------------------------------------------
@@ -322,9 +358,18 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     }
 
     // Step i of the walk is at chunk first_index + i or, reverse, - i. Only a sequence's last chunk may be short.
-    const int steps = end - first, first_index = a.reverse ? end - 1 : first;
-    const int last_step = a.reverse ? first_index - (chunks - 1) : chunks - 1 - first_index;
+    int steps = end - first, first_index = a.reverse ? end - 1 : first;
+    bool forgets = false;  // what was before the segment
     const int last_length = sequence.length - (chunks - 1) * kChunk;
+    if constexpr (pass == Pass::sums) {
+        const int way = a.reverse ? -1 : 1;
+        const int64_t gate =
+            token_index(a.problem, chunk_of(sequence, first_index), 0, a.gates.heads, head / a.gates.group);
+        const int skipped = first_lasting_step<kWarps>(a.gates, gate, way * kChunk * a.gates.heads, steps,
+                                                       way * (chunks - 1 - first_index), last_length, sm.weights);
+        steps -= skipped, first_index += way * skipped, forgets = skipped > 0;
+    }
+    const int last_step = a.reverse ? first_index - (chunks - 1) : chunks - 1 - first_index;
     const auto length_at = [&](int step) { return step == last_step ? last_length : kChunk; };
 
     // Rows on their way; the values may be of any dtype where the keys are float32.
@@ -564,7 +609,8 @@ __global__ void __launch_bounds__(KTiles * kThreads, KTiles == 1 ? 3 : 2)
     if (pass == Pass::sums || hands_over) {
         put_state(!hands_over ? segment : a.reverse ? segment - 1 : segment + 1);
         if (pass == Pass::sums && tile == 0 && threadIdx.x == 0)
-            a.segment_decays[int64_t(segment) * a.heads.all + head] = ptx::exp2_approx(segment_log_decay);
+            a.segment_decays[int64_t(segment) * a.heads.all + head] =
+                forgets ? 0.f : ptx::exp2_approx(segment_log_decay);
     } else {
         float* to = source ? a.end_kk : a.end_kv;
         if (!to || !is_last) return;
