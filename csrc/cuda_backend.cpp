@@ -395,19 +395,24 @@ std::vector<Tensor> chunk_forward(
     }
 
     const Call c(p, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens);
+    keep_states = keep_states && solution;
+    const int64_t groups = keep_states ? 1 : head_groups(c);
+    const States states(c, p.HS, groups);
+    const Segments segments(c, p.HS, {}, solution && !keep_states);
+    const auto make_states = [&](int64_t group) {
+        forward_states(c, states, heads_of_group(p.HS, groups, group), segments, last_kk, last_kv);
+    };
+    make_states(0);  // while the host does the rest
+
     const Tensor q = with_padded_rows(q_);
     const bool refines = p.dtype == at::kFloat;
     const Tensor o = empty_padded({p.B, p.T, p.HO, p.V}, q.options());
     const Tensor x = solution || refines ? empty_padded({p.B, p.T, p.HO, p.K}, f32) : Tensor();
     Tensor hard_rows;
     if (refines) hard_rows = at::empty({c.problem.slots(), p.HO}, f32.dtype(at::kLong));
-    keep_states = keep_states && solution;
-    const int64_t groups = keep_states ? 1 : head_groups(c);
-    const States states(c, p.HS, groups);
-    const Segments segments(c, p.HS, {}, solution && !keep_states);
     for (int64_t group = 0; group < groups; ++group) {
         const Heads heads = heads_of_group(p.HO, groups, group);
-        forward_states(c, states, heads_of_group(p.HS, groups, group), segments, last_kk, last_kv);
+        if (group > 0) make_states(group);
         SolveArgs args = solve_args(c, Solve::forward, states, heads, rows_of(q, p.HO, p.K), max_cg_iterations, cg_tol);
         if (x.defined()) args.x = rows_of(x, p.HO, p.K);
         args.out = rows_of(o, p.HO, p.V);

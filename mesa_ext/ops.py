@@ -125,20 +125,23 @@ def _backward(ctx, grads, chunk_backward=_chunk_backward):
         do, dh_kk_final, dh_kv_final, q, k, v, g, beta, lamb, h_kk, h_kv, cu_seqlens, x, kept,
         ctx.max_cg_iterations, ctx.cg_tol,
     )  # fmt: skip
-    return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))  # none for cu_seqlens and the settings
+    return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))  # none for those that follow
 
 
 torch.library.register_autograd("mesa_ext::chunk_forward", _backward, setup_context=_save_for_backward)
 
 
 class _ChunkForward(torch.autograd.Function):
-    """The same gradient for eager calls, by shorter ways on the host than torch.library's."""
+    """The same gradient for eager calls, by shorter ways on the host than torch.library's.
+
+    Its last argument are the results: the kernels are on their way before autograd is told of them.
+    """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward_alone(*inputs)
-        _save_for_backward(ctx, inputs, output)
-        return tuple(output)
+    def forward(ctx, *inputs_and_results):
+        *inputs, results = inputs_and_results
+        _save_for_backward(ctx, inputs, results)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -156,10 +159,10 @@ def chunk_forward(
     inputs = *inputs, differentiable, final_state, solver_info, state_at, keep_states
     if torch.compiler.is_compiling():
         results = _chunk_forward(*inputs)
-    elif differentiable:
-        results = _ChunkForward.apply(*inputs)
     else:
         results = _forward_alone(*inputs)
+        if differentiable:
+            results = _ChunkForward.apply(*inputs, results)
     first = 3 if differentiable else 1  # x and kept lie in between
     return results[0], results[first : first + 2] if final_state else None, results[-2:] if solver_info else None
 

@@ -119,8 +119,8 @@ __device__ __forceinline__ void store_state_row(float* to, const float (&v)[N], 
     }
 }
 
-// Blocks on a multiprocessor, as many as registers (128 a thread in a piece) and shared memory allow. (Six leave a word
-// or two of stack, which the solver's steps do without.)
+// Blocks on a multiprocessor, as many as registers (128 a thread in a piece) and shared memory allow. (Six leave up
+// to 32 bytes of stack, which the solver's steps do without.)
 template <int KP, int VP, Kind kind>
 constexpr int kBlocks = kind == Kind::piece || KP == 128 ? 256 / KP : VP == 128 ? 5 : 6;
 

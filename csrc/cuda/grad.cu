@@ -25,8 +25,22 @@
 namespace mesa {
 namespace {
 
-template <int KTiles, int Terms>
-struct Shared {
+// With wgmma three blocks of narrow heads have room on a multiprocessor of 228 KB, since some of qk's 8-column tiles lie
+// in shared memory instead of in registers: each thread's own part, in accumulator layout.
+template <Isa isa, int KTiles, int Terms>
+constexpr int kParkedTiles = isa == Isa::hopper && KTiles == 1 && Terms == 1 ? 3 : 0;
+
+template <int Tiles>
+struct Parked {
+    float4 parked[Tiles * kThreads];
+
+    __device__ __forceinline__ float4& own(int n) { return parked[n * kThreads + threadIdx.x]; }
+};
+template <>
+struct Parked<0> {};
+
+template <Isa isa, int KTiles, int Terms>
+struct Shared : Parked<kParkedTiles<isa, KTiles, Terms>> {
     __half x[KTiles * 2 * kPanel];
     __half k[KTiles * Terms * kPanel];
     __half d_o[2 * kPanel];             // the current column tile of w or do
@@ -35,7 +49,7 @@ struct Shared {
     ChunkGates gates;
     float x_scale[kChunk], k_scale[kChunk], do_scale[kChunk], v_scale[kChunk];
     float from_start[kChunk];  // e^{gc_i} x_i' S do'_i
-    float to_end[kChunk];      // beta_j rho_Cj k_j' dS v'_j
+    float to_end[kChunk];      // beta_j rho_Cj k_j' dS v'_j (until all tiles are in it, without beta_j)
     float adjoint_scale[2 * kMaxWidth / kChunk];  // of each column tile, in the order in which they are taken
     // Sums of columns over rows, by the warps that have had them: of w o x, and of what dg has inside.
     float w_x[kThreads / 32][kChunk], crossing[kThreads / 32][kChunk];
@@ -111,10 +125,11 @@ struct ColumnDots {
 };
 
 template <Isa isa, int KTiles, int Terms>
-__global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant__ GradArgs a) {
+__global__ void __launch_bounds__(kThreads, kParkedTiles<isa, KTiles, Terms> > 0 ? 3 : 2)
+    grad_kernel(const __grid_constant__ GradArgs a) {
     if constexpr (isa == Isa::hopper && !ptx::kHasHopper) return;  // never launched
     MESA_DYNAMIC_SHARED(shared_bytes);
-    auto& sm = *reinterpret_cast<Shared<KTiles, Terms>*>(shared_bytes);
+    auto& sm = *reinterpret_cast<Shared<isa, KTiles, Terms>*>(shared_bytes);
     const int thread_lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_row = warp * 16;
     const int slot = blockIdx.x / a.heads.count;
     const int head = a.heads.first + blockIdx.x % a.heads.count;
@@ -171,6 +186,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     int row[2] = {first_row + acc_row(lane, 0), first_row + acc_row(lane, 1)};
 
     // qk_ji = rho_ij x_i . k_j
+    constexpr int kParked = kParkedTiles<isa, KTiles, Terms>;
     Acc qk;
     products_begin<isa>(qk);
     mma_panels<isa, false, true, Terms, 2, false>(qk, sm.k, first_row, sm.x, lane);
@@ -178,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
         mma_panels<isa, false, true, Terms, 2>(qk, sm.k + Terms * kPanel, first_row, sm.x + 2 * kPanel, lane);
     products_end<isa>(qk);
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
+    for (int n = 0; n < 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int i = acc_col(lane, n) + e;
@@ -190,6 +206,14 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
                 s = i >= row[half] ? s * weight : 0.f;
             }
         }
+        if constexpr (kParked > 0)
+            if (n < kParked) sm.own(n) = {qk.c[n][0], qk.c[n][1], qk.c[n][2], qk.c[n][3]};
+    }
+    const auto qk_of_tile = [&](int n) -> float4 {
+        if constexpr (kParked > 0)
+            if (n < kParked) return sm.own(n);
+        return {qk.c[n][0], qk.c[n][1], qk.c[n][2], qk.c[n][3]};
+    };
     float from_chunk_end[2];  // rho_Cj
 #pragma unroll
     for (int half = 0; half < 2; ++half) from_chunk_end[half] = sm.gates.decay(kChunk - 1, row[half]);
@@ -204,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     zero(scores);
 #pragma unroll
     for (int kt = 0; kt < KTiles; ++kt) zero(u[kt]);
-    float to_end[2] = {0.f, 0.f};
+    if (lane % 4 == 0) sm.to_end[row[0]] = sm.to_end[row[1]] = 0.f;
     for (int ct = 0; ct < column_tiles; ++ct) {
         lane = ptx::opaque(thread_lane);  // or addresses made of it would be kept from tile to tile
         row[0] = first_row + acc_row(lane, 0), row[1] = first_row + acc_row(lane, 1);
@@ -229,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 
         const __half* const values = is_v ? sm.v : sm.k + ct * Terms * kPanel;
         const float* const value_scales = is_v ? sm.v_scale : sm.k_scale;
-        const float value_scale[2] = {value_scales[row[0]], value_scales[row[1]]};
+        const auto value_scale = [&](int half) { return value_scales[row[half]]; };
         const auto do_scale = [&](int n) { return *reinterpret_cast<const float2*>(sm.do_scale + acc_col(lane, n)); };
         const auto with_output_terms = [&](const auto& f) {  // w has two, do in 16 bits one
             if (Terms == 1 && is_v) f(std::integral_constant<int, 1>());
@@ -248,8 +272,9 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
                 const float2 scale = do_scale(n);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) weighted.c[n][e] = qk.c[n][e] * (e % 2 ? scale.y : scale.x);
+                const float4 own = qk_of_tile(n);
+                weighted.c[n][0] = own.x * scale.x, weighted.c[n][1] = own.y * scale.y;
+                weighted.c[n][2] = own.z * scale.x, weighted.c[n][3] = own.w * scale.y;
             }
             normalise_rows(weighted, weight_scale, 8);
             acc_operand(weights, weighted);
@@ -260,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             const float2 scale = do_scale(n);
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                scores.c[n][e] = fmaf(sign * value_scale[e / 2] * (e % 2 ? scale.y : scale.x), part.c[n][e],
+                scores.c[n][e] = fmaf(sign * value_scale(e / 2) * (e % 2 ? scale.y : scale.x), part.c[n][e],
                                       scores.c[n][e]);
         }
         settle(column_tiles, scores);
@@ -290,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             products_end<isa>(part);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float scale = from_chunk_end[half] * adjoint_scale * value_scale[half];
+                const float scale = from_chunk_end[half] * adjoint_scale * value_scale(half);
 #pragma unroll
                 for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -317,7 +342,8 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
                 dv.c[n][half * 2] = fmaf(scale, p[0], dv.c[n][half * 2]);
                 dv.c[n][half * 2 + 1] = fmaf(scale, p[1], dv.c[n][half * 2 + 1]);
             }
-            to_end[half] = fmaf(scale * value_scale[half], sum, to_end[half]);
+            sum = quad_sum(sum);
+            if (lane % 4 == 0) sm.to_end[row[half]] += scale * value_scale(half) * sum;
         }
         if (is_v) {
 #pragma unroll
@@ -356,8 +382,9 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
             for (int n = 7; n >= 0; --n) {
                 const int i = acc_col(lane, n);
                 const float* const score = &scores.c[n][half * 2];
-                const float first = i >= j ? qk.c[n][half * 2] * score[0] : 0.f;
-                const float second = i + 1 >= j ? qk.c[n][half * 2 + 1] * score[1] : 0.f;
+                const float4 own = qk_of_tile(n);
+                const float first = i >= j ? (half ? own.z : own.x) * score[0] : 0.f;
+                const float second = i + 1 >= j ? (half ? own.w : own.y) * score[1] : 0.f;
                 // Sums over the quad's columns from this lane's first one on.
                 float from_here = first + second;
                 const float next = __shfl_down_sync(0xffffffffu, from_here, 1);
@@ -390,10 +417,11 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int t = row[half];
-        const float end = quad_sum(to_end[half]), dbeta = end + inside[half];
         if (lane % 4 == 0) {
+            const float end = sm.to_end[t];
             sm.to_end[t] = sm.gates.beta[t] * end;
-            if (t < chunk.length) a.dbeta[token_index(a.problem, chunk, t, a.heads.all, head)] = dbeta;
+            if (t < chunk.length)
+                a.dbeta[token_index(a.problem, chunk, t, a.heads.all, head)] = end + inside[half];
         }
     }
     {
@@ -535,7 +563,7 @@ __global__ void __launch_bounds__(kSumThreads) sums_kernel(const __grid_constant
 template <Isa isa, int KTiles, int Terms>
 cudaError_t launch_kernel(const GradArgs& a, cudaStream_t stream) {
     const cudaError_t status = launch(grad_kernel<isa, KTiles, Terms>, a, a.problem.slots() * a.heads.count.value(),
-                                      sizeof(Shared<KTiles, Terms>), stream);
+                                      sizeof(Shared<isa, KTiles, Terms>), stream);
     if (status != cudaSuccess) return status;
     const int64_t passing_blocks = a.problem.slots() * ((a.heads.count.value() + 31) / 32);
     return launch(sums_kernel, a, dlamb_blocks(a) + passing_blocks, 0, stream, kSumThreads);

@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     }
     __half* const d_o = sm.values + SharedMemory::kValues;
     const auto with_value_tiles = [&](const auto& f) {  // wide heads always take both, which is less code
-        if (KTiles == 1 && value_tiles == 1) f(std::integral_constant<int, 1>());
+        if (KTiles == 1 && a.problem.V <= kChunk) f(std::integral_constant<int, 1>());
         else f(std::integral_constant<int, kMaxVTiles>());
     };
     if constexpr (kind == Solve::adjoint) {
@@ -630,7 +630,9 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
     const int64_t g_place = state_tile(a.states, to_slot, to_head, out_tiles + KTiles, 0);
     if constexpr (kind == Solve::forward) {
         __syncthreads();  // all steps have been taken, and x has been read
-        fetch_rows<kMaxVTiles, KeyTerms>(sm.values, a.values, to_write, to_head, 0);
+        with_value_tiles([&](auto tiles) {
+            fetch_rows<tiles.value, KeyTerms>(sm.values, a.values, to_write, to_head, 0);
+        });
         copy_tiles_async<KTiles * 2>(sm.h, a.states, g_place, out_tiles);
         ptx::cp_async_commit();
     }
@@ -726,7 +728,9 @@ __global__ void __launch_bounds__(kThreads, KTiles == 1 && KeyTerms == 1 ? 3 : 2
         if constexpr (kEarly) read_state(0);
 
         const auto put_scale = [&](int t, float scale) { sm.gates.beta[t] *= scale, sm.level_weight[t] *= scale; };
-        convert_rows<kMaxVTiles, KeyTerms>(sm.values, put_scale, a.values.dtype, 0);
+        with_value_tiles([&](auto tiles) {
+            convert_rows<tiles.value, KeyTerms>(sm.values, put_scale, a.values.dtype, 0);
+        });
         publish_shared<isa>();
         __syncthreads();
         if (level_rows == kChunk) weigh_scores(std::true_type(), scores.c, 0, end_lane, end_first_row);

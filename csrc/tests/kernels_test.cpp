@@ -259,10 +259,18 @@ bool test_chunks(Variant variant, int B, int64_t T, int H, int K, int V, DType d
                                          1e-3);
 }
 
+// Two segments of 18 chunks, and decays with which nothing is left of a segment's first chunk at its end, or of its last
+// one at its beginning.
+constexpr int kForgetfulChunks = 18;
+Inputs forgetful(int K, int V, DType dtype, bool with_states) {
+    Inputs in(1, 2 * kForgetfulChunks * kChunk - 20, 1, K, V, dtype, {}, 1, with_states);
+    std::fill(in.g.begin(), in.g.end(), -0.105);
+    return in;
+}
+
 // Segments in turn give what segments beside each other give, bit for bit.
-bool test_in_turn(bool hopper, int64_t T, int K, int V, DType dtype, int group) {
-    Inputs in(2, T, 2, K, V, dtype, {}, group, false);
-    const auto run = [&](bool in_turn) { return Pass(in, 50, 1e-5f, {hopper, 2, 1, in_turn}).run(); };
+bool test_in_turn(bool hopper, Inputs in, int segment_chunks = 2) {
+    const auto run = [&](bool in_turn) { return Pass(in, 50, 1e-5f, {hopper, segment_chunks, 1, in_turn}).run(); };
     const Results a = run(true), b = run(false);
     const std::pair<const Vec*, const Vec*> results[] = {
         {&a.o, &b.o},   {&a.x, &b.x},         {&a.dq, &b.dq},       {&a.dk, &b.dk},       {&a.dv, &b.dv},
@@ -270,8 +278,8 @@ bool test_in_turn(bool hopper, int64_t T, int K, int V, DType dtype, int group) 
         {&a.dh_kk, &b.dh_kk}, {&a.dh_kv, &b.dh_kv}};
     bool ok = true;
     for (const auto& [turn, beside] : results) ok = ok && *turn == *beside && !turn->empty();  // false for NaN
-    std::printf("%s%s T=%d K=%d V=%d%s segments in turn  %s\n", hopper ? "hopper " : "", name(dtype), int(T), K, V,
-                group == 1 ? "" : " groups", ok ? "ok" : "WRONG");
+    std::printf("%s%s T=%d K=%d V=%d%s segments in turn  %s\n", hopper ? "hopper " : "", name(in.dtype), int(in.T),
+                in.K, in.V, in.H == in.HS ? "" : " groups", ok ? "ok" : "WRONG");
     return ok;
 }
 
@@ -296,11 +304,10 @@ bool test_known_starts(bool hopper, int64_t T, int K, int V, DType dtype, bool i
 }
 
 // Chunks of which nothing is left at their segment's end are not even looked at when its sum is made: NaN there stays
-// in the segment. With these decays they are one of 18, in either direction.
+// in the segment.
 bool test_forgotten(bool hopper, int K, DType dtype) {
-    Inputs in(1, 36 * kChunk - 20, 1, K, 16, dtype);
-    std::fill(in.g.begin(), in.g.end(), -0.105);
-    const Variant variant{hopper, 18};
+    Inputs in = forgetful(K, 16, dtype, true);
+    const Variant variant{hopper, kForgetfulChunks};
     const Results a = Pass(in, 50, 1e-5f, variant).run(), e = reference(in);
     in.v.front() = in.d_o.back() = std::numeric_limits<double>::quiet_NaN();
     const Results spoilt = Pass(in, 50, 1e-5f, variant).run();
@@ -596,8 +603,9 @@ bool test(const std::set<std::string>& groups) {
                 ok &= test_chunks({hopper, kSegmentChunks, 2}, 2, 100, 4, 16, 64, dtype, {}, 2);
             }
             if (wanted("segments")) {
-                ok &= test_in_turn(hopper, 250, 16, 70, dtype, 2);
-                ok &= test_in_turn(hopper, 150, 70, 16, dtype, 1);
+                ok &= test_in_turn(hopper, Inputs(2, 250, 2, 16, 70, dtype, {}, 2, false));
+                ok &= test_in_turn(hopper, Inputs(2, 150, 2, 70, 16, dtype, {}, 1, false));
+                ok &= test_in_turn(hopper, forgetful(16, 16, dtype, false), kForgetfulChunks);
                 ok &= test_known_starts(hopper, 400, 70, 16, dtype, false);
                 ok &= test_known_starts(hopper, 200, 16, 70, dtype, true);
                 if (dtype != DType::f16) ok &= test_forgotten(hopper, dtype == DType::f32 ? 70 : 16, dtype);
