@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accuracy import compare
 from common import (
     BENCH_REGIME,
+    REGIMES,
     Timer,
     environment,
     floor_ms,
@@ -76,7 +77,7 @@ def time_call(forward, leaves, timer):
 
 def inputs_of(shape, args):
     B, T, H, D = (int(n) for n in shape.split("x"))
-    return make_inputs(B, T, H, D, D, DTYPES[args.dtype], args.device)
+    return make_inputs(B, T, H, D, D, DTYPES[args.dtype], args.device, args.regime)
 
 
 def measure(shape, args, timer):
@@ -160,6 +161,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--shapes", nargs="+")
+    parser.add_argument("--regime", choices=REGIMES, default=BENCH_REGIME, help="decays and keys of what is timed")
     parser.add_argument("--steps", type=int, help="exactly so many solver steps (cg_tol = 0)")
     parser.add_argument("--keep-states", action="store_true", help="from the forward pass for the backward pass")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
@@ -168,7 +170,8 @@ def main():
     timer = Timer(args.device, args.repeats)
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
 
-    figures = {"dtype": args.dtype, "exact_steps": args.steps, "keep_states": args.keep_states, "chunk": []}
+    figures = {name: getattr(args, name) for name in ("dtype", "regime", "keep_states")}
+    figures |= {"exact_steps": args.steps, "chunk": []}
 
     def keep():  # after every shape, in case it does not get further
         write_json(args.json, **figures)
@@ -190,10 +193,10 @@ def main():
         figures["small_call"] = [measure_small_call(kernels, timer) for kernels in kernel_paths(args.device)]
         print_table("small call", figures["small_call"])
     measure_all("chunk", args.shapes or SHAPES[torch.device(args.device).type])
-    title = f"mesa_attention, {args.dtype}" + (f", exactly {args.steps} steps" if args.steps else "")
+    title = f"mesa_attention, {args.dtype}, {args.regime}" + (f", exactly {args.steps} steps" if args.steps else "")
     title += ", states kept" if args.keep_states else ""
     print_table(title, figures["chunk"])
-    figures["errors"] = compare(BENCH_REGIME, DTYPES[args.dtype], args.device, tokens=512, peers=not args.no_peers)
+    figures["errors"] = compare(args.regime, DTYPES[args.dtype], args.device, tokens=512, peers=not args.no_peers)
     print_table("relative error to the float64 reference, T = 512, K = V = 128", figures["errors"])
     if args.sweep or args.plot:
         tokens = SWEEP if timer.cuda else [256, 512]
